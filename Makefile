@@ -1,0 +1,48 @@
+# Everything happens in .venv, which is made once. PYTHON chooses the interpreter: make demo PYTHON=python3.11
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    start the example site under real servers, send bursts, see the caps hold"
+	@echo "make test    run the test suite"
+	@echo "make check   ruff, mypy, import-linter"
+	@echo "make clean   remove what these made, the virtual environment included"
+
+demo: $(VENV)/.demo-stamp
+	@$(BIN)/python example_project/demo.py
+
+test: $(VENV)/.dev-stamp
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.demo-stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing what the demo needs into $(VENV)"
+	@$(PIP) install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.dev-stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests and checks need into $(VENV)"
+	@$(PIP) install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/.demo-stamp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "The venv module is needed (Debian: apt install python3-venv)" >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f example_project/db.sqlite3
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""Which store a name means: short names and dotted paths to one instance per configuration."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Final
+
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
+
+from .base import BackendConfig, BaseBackend, Holder
+
+__all__ = ["SHORT_NAMES", "BackendConfig", "BaseBackend", "Holder", "get_backend", "snapshot_all"]
+
+#: The short names of BACKEND.
+SHORT_NAMES: Final[Mapping[str, str]] = {
+    "memory": "django_concurrency_mw.backends.memory.MemoryBackend",
+}
+#: Names that are part of the public face, but whose store this version does not have.
+LATER: Final = frozenset({"host", "redis"})
+
+_instances: dict[str, BaseBackend] = {}
+_making = threading.Lock()
+
+
+def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:
+    """The store for an alias of BACKENDS, else for the only alias of that kind, else that kind on its own defaults.
+
+    One configuration is one instance, so that `override_settings` and two aliases of the same store share its counts.
+    Raises: ImproperlyConfigured for an unknown name, a store that cannot be loaded, or one without semaphores.
+    """
+    config = configs.get(name)
+    if config is None:
+        same_kind = [config for config in configs.values() if config.backend == name]
+        if len(same_kind) == 1:
+            config = same_kind[0]
+        elif name in SHORT_NAMES or name in LATER or "." in name:
+            config = BackendConfig(alias=name, backend=name)
+        else:
+            raise ImproperlyConfigured(
+                f"unknown backend {name!r}: CONCURRENCY_LIMIT['BACKENDS'] has {', '.join(map(repr, configs))}, and "
+                f"the kinds are {', '.join(map(repr, SHORT_NAMES))}, or a dotted path to a BaseBackend"
+            )
+    identity = repr((config.backend, config.location, config.key_prefix, sorted(config.options.items(), key=repr)))
+    found = _instances.get(identity)
+    if found is None:
+        with _making:
+            found = _instances.get(identity)
+            if found is None:
+                found = _instances[identity] = _load(config)
+    return found
+
+
+def snapshot_all() -> list[Holder]:
+    """The holders in every store that this process has used so far."""
+    return [holder for backend in list(_instances.values()) for holder in backend.snapshot()]
+
+
+def _load(config: BackendConfig) -> BaseBackend:
+    place = f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['BACKEND']"
+    if config.backend in LATER:
+        raise ImproperlyConfigured(
+            f"{place}: {config.backend!r} is not carried out by this version of django_concurrency_mw yet; use 'memory'"
+        )
+    try:
+        loaded = import_string(SHORT_NAMES.get(config.backend, config.backend))
+    except ImportError as error:
+        raise ImproperlyConfigured(f"{place}: {config.backend!r} cannot be loaded: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, BaseBackend)):
+        raise ImproperlyConfigured(f"{place}: {config.backend!r} is not a subclass of BaseBackend")
+    if not loaded.supports_semaphores:
+        raise ImproperlyConfigured(
+            f"{place}: {config.backend!r} does not support semaphores (supports_semaphores is False), so it cannot "
+            "limit what is in flight; use 'memory' or another BaseBackend that does"
+        )
+    return loaded(config)

@@ -1,0 +1,91 @@
+"""The store interface: what a backend has to be able to do, and what it may say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..outcomes import Slot, TakeReply
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound."""
+
+    policy: str
+    key: str
+    token: str
+    age: float
+    lease_left: float
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """One entry of CONCURRENCY_LIMIT['BACKENDS']: `location` a URL or a list of them, `options` as the store defines them."""
+
+    alias: str
+    backend: str
+    location: Any = None
+    key_prefix: str = "concurrency"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BaseBackend(ABC):
+    """A store of semaphores. Provisional until 1.0.
+
+    A take is atomic over all its slots, idempotent by token, and answers with the counts. What fails in the store is
+    raised as `BackendError`; nothing else about the store may reach a request.
+    """
+
+    #: It can limit. A store that leaves this False raises ImproperlyConfigured where a limited view is called.
+    supports_semaphores: ClassVar[bool] = False
+    #: It can let a request wait in line.
+    supports_wait: ClassVar[bool] = False
+    #: Its calls stay on this machine; local stores are asked before remote ones.
+    is_local: ClassVar[bool] = False
+    #: A cancelled `atake` followed by `agive` of the same tokens leaves nothing behind. Where this is False, the driver
+    #: lets a cancelled take run to its end before it gives back, as the release must never overtake the acquire.
+    cancel_safe: ClassVar[bool] = False
+
+    def __init__(self, config: BackendConfig) -> None:
+        """Keep the configuration; connect to nothing. Raises: ImproperlyConfigured for options it does not know."""
+        self.config = config
+
+    @abstractmethod
+    def take(self, slots: Sequence[Slot]) -> TakeReply:
+        """Take every blocking slot or none at all; then each of the others where one is free."""
+
+    @abstractmethod
+    def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        """Give slots back; any number of times. Returns which of them were still held (True where it cannot tell)."""
+
+    @abstractmethod
+    def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+        """Let each slot's lease end `seconds` from now. Returns which are still held; a lapsed one is not brought back."""
+
+    async def atake(self, slots: Sequence[Slot]) -> TakeReply:
+        """`take` on an event loop. The default calls `take` in a thread of asgiref's."""
+        from asgiref.sync import sync_to_async
+
+        return await sync_to_async(self.take, thread_sensitive=False)(slots)
+
+    async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        """`give` on an event loop. The default calls `give` in a thread of asgiref's."""
+        from asgiref.sync import sync_to_async
+
+        return await sync_to_async(self.give, thread_sensitive=False)(slots)
+
+    def evict(self, token: str) -> bool:
+        """Take a holder's slots away, for operators. Returns whether there was such a holder."""
+        raise NotImplementedError(f"{type(self).__name__} cannot evict")
+
+    def snapshot(self) -> Sequence[Holder]:
+        """Who holds what now."""
+        raise NotImplementedError(f"{type(self).__name__} cannot list its holders")
+
+    def check(self) -> Sequence[Any]:
+        """Django check messages about this store's configuration. Must not be slow and must not raise."""
+        return []

@@ -1,0 +1,182 @@
+"""The memory store: semaphores of one process, for all its threads and event loops.
+
+Nothing is kept but what is in flight: a semaphore without holders is no entry. Every call is a few dictionary operations
+under one lock and never waits for anything else, so the asyncio half calls the same functions on the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from time import monotonic
+from typing import ClassVar
+
+from django.core.exceptions import ImproperlyConfigured
+
+from ..outcomes import Full, Slot, Taken, TakeReply
+from .base import BackendConfig, BaseBackend, Holder
+
+#: Characters of key and path text that a holder keeps for people.
+TEXT_LIMIT = 200
+#: A dictionary that once was this large is made anew when it is nearly empty: Python's own never shrink.
+SHRINK_FROM = 4096
+
+
+class _Held:
+    """One holder of one semaphore: its lease's end (monotonic seconds) and what people want to know of it."""
+
+    __slots__ = ("ends", "key", "path", "since")
+
+    def __init__(self, since: float, ends: float, key: str, path: str) -> None:
+        self.since, self.ends, self.key, self.path = since, ends, key, path
+
+
+class _Semaphore(dict[str, _Held]):
+    """token -> holder. `earliest` is never later than the first lease's end: until then no look for lapsed ones is due."""
+
+    __slots__ = ("earliest",)
+
+    def __init__(self) -> None:
+        self.earliest = float("inf")
+
+    def drop_lapsed(self, now: float) -> None:
+        if self.earliest > now:
+            return
+        for token in [token for token, held in self.items() if held.ends <= now]:
+            del self[token]
+        self.earliest = min((held.ends for held in self.values()), default=float("inf"))
+
+
+class MemoryBackend(BaseBackend):
+    """Counts in this process only: four worker processes let in four times the limit."""
+
+    supports_semaphores: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
+    cancel_safe: ClassVar[bool] = True
+
+    def __init__(self, config: BackendConfig) -> None:
+        super().__init__(config)
+        if config.options:
+            raise ImproperlyConfigured(
+                f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['OPTIONS']: the memory store has no options, "
+                f"got {', '.join(sorted(map(repr, config.options)))}"
+            )
+        self._forget()
+        _stores.add(self)
+
+    def _forget(self) -> None:
+        """Start empty: in a forked child the parent's holders are not ours, and its lock may be held by a dead thread."""
+        self._lock = threading.Lock()
+        self._semaphores: dict[tuple[str, bytes], _Semaphore] = {}
+        self._most = 0
+
+    def take(self, slots: Sequence[Slot]) -> TakeReply:
+        now = monotonic()
+        with self._lock:
+            full = [slot.block and not self._fits(slot, now) for slot in slots]
+            if True in full:
+                return Full(tuple(full), tuple(self._count(slot.semaphore) for slot in slots))
+            held, in_flight = [], []
+            for slot in slots:
+                got = slot.block or self._fits(slot, now)
+                if got:
+                    self._hold(slot, now)
+                held.append(got)
+                in_flight.append(self._count(slot.semaphore))
+        return Taken(tuple(held), tuple(in_flight))
+
+    async def atake(self, slots: Sequence[Slot]) -> TakeReply:
+        return self.take(slots)
+
+    def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        with self._lock:
+            return [self._drop(slot.semaphore, slot.token) for slot in slots]
+
+    async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        return self.give(slots)
+
+    def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+        now = monotonic()
+        with self._lock:
+            return [self._renew(slot, now, now + seconds) for slot, seconds in slots]
+
+    def evict(self, token: str) -> bool:
+        with self._lock:
+            held = [name for name, semaphore in self._semaphores.items() if token in semaphore]
+            for name in held:
+                self._drop(name, token)
+        return bool(held)
+
+    def snapshot(self) -> Sequence[Holder]:
+        now = monotonic()
+        with self._lock:
+            return [
+                Holder(policy, held.key, token, now - held.since, held.ends - now, held.path)
+                for (policy, _), semaphore in self._semaphores.items()
+                for token, held in semaphore.items()
+                if held.ends > now
+            ]
+
+    # Callers hold the lock from here on.
+
+    def _fits(self, slot: Slot, now: float) -> bool:
+        semaphore = self._semaphores.get(slot.semaphore)
+        if semaphore is None:
+            return slot.limit > 0
+        if len(semaphore) < slot.limit or slot.token in semaphore:
+            return True
+        semaphore.drop_lapsed(now)
+        if not semaphore:
+            self._discard(slot.semaphore)
+        return len(semaphore) < slot.limit
+
+    def _count(self, name: tuple[str, bytes]) -> int:
+        semaphore = self._semaphores.get(name)
+        return 0 if semaphore is None else len(semaphore)
+
+    def _hold(self, slot: Slot, now: float) -> None:
+        semaphore = self._semaphores.get(slot.semaphore)
+        if semaphore is None:
+            semaphore = self._semaphores[slot.semaphore] = _Semaphore()
+            self._most = max(self._most, len(self._semaphores))
+        if slot.token not in semaphore:
+            ends = now + slot.ttl
+            semaphore[slot.token] = _Held(now, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT])
+            semaphore.earliest = min(semaphore.earliest, ends)
+
+    def _drop(self, name: tuple[str, bytes], token: str) -> bool:
+        semaphore = self._semaphores.get(name)
+        if semaphore is None:
+            return False
+        held = semaphore.pop(token, None)
+        if not semaphore:
+            self._discard(name)
+        return held is not None and held.ends > monotonic()
+
+    def _discard(self, name: tuple[str, bytes]) -> None:
+        del self._semaphores[name]
+        if self._most > SHRINK_FROM and len(self._semaphores) < self._most // 8:
+            self._semaphores = dict(self._semaphores)
+            self._most = len(self._semaphores)
+
+    def _renew(self, slot: Slot, now: float, ends: float) -> bool:
+        semaphore = self._semaphores.get(slot.semaphore)
+        held = None if semaphore is None else semaphore.get(slot.token)
+        if semaphore is None or held is None or held.ends <= now:
+            return False
+        held.ends = ends
+        semaphore.earliest = min(semaphore.earliest, ends)
+        return True
+
+
+_stores: weakref.WeakSet[MemoryBackend] = weakref.WeakSet()
+
+
+def _forget_all(stores: Iterable[MemoryBackend] = _stores) -> None:
+    for store in list(stores):
+        store._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,197 @@
+"""The system checks: what is wrong with the configuration, before a request finds out. Ids are unique and never reused.
+
+E001 settings or policy file; E002 a store that cannot be used; E003 a dotted path that cannot be imported; E004 a decorator
+that names what it must not, or what is not there; W001 no middleware; W002 middleware twice; W003 a limit by address that
+may see only a proxy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
+
+from . import conf
+from .decorators import limits
+from .exceptions import ConfigurationError
+from .keys import callable_of
+from .keyspec import is_dotted_path
+from .limiter import store_of
+from .policies import Policy
+
+TAG = "concurrency"
+MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
+
+
+def check_settings(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """E001: everything that is wrong with CONCURRENCY_LIMIT and its policy file, each with its place."""
+    try:
+        conf.current()
+    except ConfigurationError as error:
+        return [
+            Error(
+                str(problem),
+                hint=problem.hint or "Correct the value at the place named; the server does not start before that.",
+                id="django_concurrency_mw.E001",
+            )
+            for problem in error.problems
+        ]
+    return []
+
+
+def check_policies(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """E002 and E003 for the table: stores and dotted paths, which requests resolve at first use."""
+    config = _config()
+    return [] if config is None else [message for policy in config.table for message in _about(policy, config)]
+
+
+def check_decorators(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """E002 to E004 for each `@concurrency_limit` that has been imported (the URL configuration is)."""
+    config = _config()
+    if config is None:
+        return []
+    messages: list[CheckMessage] = []
+    for made in _decorators(config):
+        if isinstance(made, Policy):
+            messages += _about(made, config)
+        else:
+            hint = "Change the decorator or the table."
+            messages.append(Error(str(made), hint=hint, id="django_concurrency_mw.E004"))
+    return messages
+
+
+def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """What the stores that policies and decorators use say of themselves, under ids of their own."""
+    config = _config()
+    if config is None:
+        return []
+    stores = {}
+    for policy in (*config.table, *(made for made in _decorators(config) if isinstance(made, Policy))):
+        try:
+            store = store_of(policy, config)
+        except Exception:  # E002 has the word
+            continue
+        stores[id(store)] = store
+    return [message for store in stores.values() for message in store.check()]
+
+
+def check_middleware(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W001 and W002: is the middleware there, once?"""
+    config = _config()
+    if config is None:
+        return []
+    number = sum(map(_is_ours, settings.MIDDLEWARE))
+    if number > 1:
+        return [
+            Warning(
+                f"ConcurrencyLimitMiddleware is in MIDDLEWARE {number} times.",
+                hint="Keep the last one only.",
+                id="django_concurrency_mw.W002",
+            )
+        ]
+    if number == 0 and any(policy.url_names for policy in config.table):
+        return [
+            Warning(
+                "The policies limit nothing: ConcurrencyLimitMiddleware is not in MIDDLEWARE.",
+                hint=f"Add {MIDDLEWARE!r} as the last entry of MIDDLEWARE.",
+                id="django_concurrency_mw.W001",
+            )
+        ]
+    return []
+
+
+def check_addresses(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W003 (--deploy): behind a proxy every client has the proxy's address, or on a unix socket none at all."""
+    config = _config()
+    if config is None or config.trusted.networks or config.trusted.unix:
+        return []
+    names = [policy.name for policy in config.table if _may_count_by_address(policy)]
+    names += [made.place for made in _decorators(config) if isinstance(made, Policy) and _may_count_by_address(made)]
+    if not names:
+        return []
+    return [
+        Warning(
+            "CONCURRENCY_LIMIT['TRUSTED_PROXIES'] is empty, and these may count by address: "
+            f"{', '.join(dict.fromkeys(names))}.",
+            hint="Behind a reverse proxy all clients then share the proxy's address, and behind a unix socket a request has "
+            "none and is not limited. Name the proxies' networks (and 'unix'). Where clients connect directly, silence this "
+            "check.",
+            id="django_concurrency_mw.W003",
+        )
+    ]
+
+
+def _config() -> conf.Config | None:
+    """The configuration; None where E001 has the word."""
+    try:
+        return conf.current()
+    except ConfigurationError:
+        return None
+
+
+def _decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:
+    """The policy of each `concurrency_limit` that has been imported and is alive, or what is wrong with it."""
+    try:
+        _import_urls()
+    except ConfigurationError as error:
+        yield error
+    # The real name is known only with the view; this one stands for it, and must not be a policy's of the table.
+    name = "view"
+    while config.table.get(name) is not None:
+        name += "_"
+    for limit in sorted(limits, key=lambda limit: limit.place):
+        try:
+            yield limit.policy(name, config)
+        except ImproperlyConfigured as error:
+            yield error
+
+
+def _about(policy: Policy, config: conf.Config) -> Iterator[CheckMessage]:
+    yield from _tried(partial(store_of, policy, config), policy, "E002")
+    named = (policy.key.function, policy.when if is_dotted_path(policy.when) else None, policy.response_callback)
+    for path in named:
+        if isinstance(path, str):
+            yield from _tried(partial(callable_of, path), policy, "E003")
+
+
+def _tried(use: Callable[[], Any], policy: Policy, number: str) -> Iterator[CheckMessage]:
+    try:
+        use()
+    except Exception as error:  # a store of the project's may fail in any way when it is made
+        what = "" if isinstance(error, ImproperlyConfigured) else f"{type(error).__name__}: "
+        yield Error(
+            f"{policy.place}: policy {policy.name}: {what}{error}",
+            hint="A view that this policy limits answers with this error until it is mended.",
+            id=f"django_concurrency_mw.{number}",
+        )
+
+
+def _may_count_by_address(policy: Policy) -> bool:
+    never_missing = policy.key.kind in ("global", "callable")
+    return policy.key.needs_ip or (policy.missing == "ip" and not never_missing)
+
+
+def _is_ours(path: str) -> bool:
+    """Does this entry of MIDDLEWARE name our middleware, or a subclass of it?"""
+    from .middleware import ConcurrencyLimitMiddleware
+
+    if path == MIDDLEWARE:
+        return True
+    try:
+        found = import_string(path)
+    except Exception:  # Django says so when it builds the chain
+        return False
+    return isinstance(found, type) and issubclass(found, ConcurrencyLimitMiddleware)
+
+
+def _import_urls() -> None:
+    """Decorators are known once their module is imported."""
+    from django.urls import get_resolver
+
+    if getattr(settings, "ROOT_URLCONF", None):
+        _ = get_resolver().url_patterns

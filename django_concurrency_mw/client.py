@@ -1,0 +1,114 @@
+"""The client's address: which text in a request says where it comes from, and how far that text may be believed.
+
+REMOTE_ADDR is the peer of the connection. A forwarding header is the client's own text until a trusted proxy has added to
+it, so its hops are walked from the right, from the peer on, and the walk ends at the first one that is not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+#: No chain of proxies is longer; what a client writes beyond this is not looked at.
+MOST_HOPS = 64
+#: No address, with port and zone, is written with more characters.
+LONGEST_HOP = 128
+#: Addresses that share one bucket in IPv6: a site is given at least this many bits of its own.
+IPV6_PREFIX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedProxies:
+    """The proxies whose word is taken: networks, and whether the peer of a unix socket is one of them."""
+
+    networks: tuple[Network, ...] = ()
+    unix: bool = False
+
+    @classmethod
+    def parse(cls, entries: Sequence[str]) -> TrustedProxies:
+        """From CIDRs, single addresses and the word "unix". Raises: ValueError naming the first entry that is none."""
+        networks = []
+        for entry in entries:
+            if entry != "unix":
+                networks.append(ip_network(entry))
+        return cls(tuple(networks), "unix" in entries)
+
+    def trust(self, address: Address) -> bool:
+        return any(address in network for network in self.networks)
+
+
+def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -> str | None:
+    """The address to count by: `203.0.113.9`, or `2001:db8:1:2::/64` in IPv6; None where there is none.
+
+    `header` is the META key of the forwarding header (`HTTP_X_FORWARDED_FOR`).
+    """
+    peer = request.META.get("REMOTE_ADDR") or ""
+    here = parse_address(peer)
+    if here is None:
+        # A unix socket has no address: gunicorn says '', uvicorn leaves it out.
+        if peer or not trusted.unix:
+            return None
+    elif not trusted.trust(here):
+        return bucket(here)
+    for entry in _hops(request.META.get(header) or "", header):
+        # What is longer must not reach parse_address, which remembers its arguments.
+        hop = parse_address(entry) if len(entry) <= LONGEST_HOP else None
+        if hop is None:
+            break
+        here = hop
+        if not trusted.trust(hop):
+            break
+    return None if here is None else bucket(here)
+
+
+def bucket(address: Address) -> str:
+    """The text that addresses of one client share."""
+    if address.version == 4:
+        return str(address)
+    return str(IPv6Network((int(address), IPV6_PREFIX), strict=False))
+
+
+@lru_cache(maxsize=1024)
+def parse_address(text: str) -> Address | None:
+    """An address as headers write it: with a port, in brackets, quoted, with a zone. None where it is not one."""
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    if len(text) > 64:
+        return None
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _hops(value: str, header: str) -> Iterator[str]:
+    """The hops of a forwarding header, nearest first; several header lines arrive joined by commas."""
+    entries = value.rsplit(",", MOST_HOPS)
+    if len(entries) > MOST_HOPS:
+        del entries[0]
+    for entry in reversed(entries):
+        yield _forwarded_for(entry) if header == "HTTP_FORWARDED" else entry
+
+
+def _forwarded_for(element: str) -> str:
+    """The `for` parameter of one RFC 7239 element; '' where it has none."""
+    for pair in element.split(";"):
+        name, _, value = pair.partition("=")
+        if name.strip().lower() == "for":
+            return value.strip()
+    return ""

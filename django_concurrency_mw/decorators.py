@@ -1,0 +1,412 @@
+"""The decorators: a limit for one view, taken where the decorator stands, and the exemption from the table.
+
+`concurrency_limit(...)` compiles its keywords once. What it makes of a view is cheap and registers nothing, because
+`method_decorator` makes it anew on every request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial, wraps
+from inspect import isawaitable
+from itertools import count
+from typing import Any, TypeVar, cast
+
+from asgiref.sync import iscoroutinefunction
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest
+
+from . import conf
+from .drivers import arun, run
+from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
+from .fields import override
+from .keeper import keeper
+from .keyspec import parse_key
+from .lifetime import afinish, finish, release_cancelled
+from .limiter import LEASE, MARK, aabort, abort, admit, conclude, lease_of, take_lease
+from .outcomes import NOT_LIMITED
+from .policies import Policy
+
+V = TypeVar("V", bound=Callable[..., Any])
+
+#: One attribute per call of `concurrency_limit`: `wraps` merges them, where a single one would be replaced.
+_MARK_EACH = "_concurrency_limit_by_"
+_serial = count(1)
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
+
+#: Every call of `concurrency_limit` that is alive, for the system checks.
+limits: weakref.WeakSet[Limit] = weakref.WeakSet()
+
+
+class _Unset:
+    """The default of keywords that were not given: those leave alone what `policy=` names."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+UNSET: Any = _Unset()
+
+
+def concurrency_limit(
+    key: str | Callable[[HttpRequest], Any] = UNSET,
+    max_concurrent: int = UNSET,
+    ttl: float | str = UNSET,
+    backend: str | None = None,
+    block: bool = UNSET,
+    response_callback: str | Callable[[HttpRequest], Any] | None = None,
+    *,
+    policy: str | None = None,
+    name: str | None = None,
+    **fields: Any,
+) -> Callable[[V], V]:
+    """Limit how many requests are in this view at once, per key. The slot is taken here, after the decorators above.
+
+    `key` and `max_concurrent` (slots) are required unless `policy=` names a policy of the table to start from. `ttl` in
+    seconds (60) or text such as "5m"; `backend` an alias of BACKENDS ("default"); `block=False` never rejects.
+    `response_callback(request)` answers a rejected request. Every other policy field may be given by keyword but
+    `url_names` and `exclude`. `name` names the semaphore, by default the view's dotted path.
+
+    Raises: DecoratorUsageError at once for a bad or missing keyword; ImproperlyConfigured on the first request (and in
+    `manage.py check`) for an unknown policy or store, or a name that a policy of the table has.
+    """
+    place = _place()
+    given = {
+        "key": key,
+        "max_concurrent": max_concurrent,
+        "ttl": ttl,
+        "block": block,
+        **({} if backend is None else {"backend": backend}),
+        **({} if response_callback is None else {"response_callback": response_callback}),
+        **fields,
+    }
+    given = {field: value for field, value in given.items() if value is not UNSET}
+    if callable(key) and given.keys() == {"key"} and policy is None and name is None:
+        raise DecoratorUsageError(
+            [Problem(place, "@concurrency_limit needs arguments: @concurrency_limit(key='user', max_concurrent=5)")]
+        )
+    if name is not None and policy is not None:
+        raise DecoratorUsageError([Problem(place, "@concurrency_limit: give name= or policy=, not both")])
+    if name is not None and (not isinstance(name, str) or not name or _NOT_A_NAME.search(name)):
+        raise DecoratorUsageError([Problem(place, f"@concurrency_limit: name= must be [A-Za-z0-9_.-]+, got {name!r}")])
+    return cast("Callable[[V], V]", Limit(given, policy, name, place).decorate)
+
+
+#: Stands for the table's policy until that is known.
+_ANY = Policy("any", parse_key("global"), 1)
+
+
+class Limit:
+    """One call of `concurrency_limit`: its compiled keywords, and the policy that they make for each view."""
+
+    def __init__(self, given: dict[str, Any], policy: str | None, name: str | None, place: str) -> None:
+        self.given, self.policy_name, self.name, self.place = given, policy, name, place
+        self._mark = f"{_MARK_EACH}{next(_serial)}"
+        # Wrong keywords are wrong under any name, and over any policy of the table.
+        if policy is None:
+            override(None, name or "view", given, place)
+        else:
+            override(_ANY, policy, given, place)
+        self._by_name: dict[str, Policy] = {}
+        self._names: dict[tuple[type, str, int], str] = {}
+        self._from_table: tuple[object, Policy] | None = None
+        limits.add(self)
+
+    def decorate(self, view: V) -> V:
+        """The view, limited. Types and attributes stay. Raises: DecoratorUsageError for a class, or for no view at all."""
+        _refuse_no_view("concurrency_limit(...)", view, self.place)
+        guard = _Guard(self, view, 1 + len(_marks(view)))
+        wrapper = _wrapped(view, guard.call, guard.acall)
+        setattr(wrapper, self._mark, True)
+        return cast("V", wrapper)
+
+    def policy(self, default_name: str, config: conf.Config) -> Policy:
+        """The policy for a view whose name would be `default_name`. Raises: ImproperlyConfigured."""
+        if self.policy_name is not None:
+            return self._table_policy(config)
+        name = self.name or default_name
+        if config.table.get(name) is not None:
+            raise ImproperlyConfigured(
+                f"{self.place}: @concurrency_limit: {name!r} is the name of a policy of the table; use policy={name!r} to "
+                "start from it, or give another name="
+            )
+        found = self._by_name.get(name)
+        if found is None:
+            found = self._by_name[name] = override(None, name, self.given, self.place)
+        return found
+
+    def name_on(self, instance: object, method: str, number: int) -> str:
+        """The default name on a method of this instance's class; remembered, as the view is made anew on every request."""
+        known = (type(instance), method, number)
+        name = self._names.get(known)
+        if name is None:
+            own = "" if method == "dispatch" else f".{method}"
+            number += _further_in(type(instance), method, self._mark)
+            name = self._names[known] = _numbered(_path_of(type(instance)) + own, number)
+        return name
+
+    def _table_policy(self, config: conf.Config) -> Policy:
+        known = self._from_table
+        if known is not None and known[0] is config:
+            return known[1]
+        assert self.policy_name is not None
+        base = config.table.get(self.policy_name)
+        if base is None:
+            raise ImproperlyConfigured(
+                f"{self.place}: @concurrency_limit: no policy {self.policy_name!r} in CONCURRENCY_LIMIT['POLICIES']"
+                + did_you_mean(self.policy_name, (policy.name for policy in config.table))
+            )
+        policy = override(base, base.name, self.given, self.place)
+        self._from_table = (config, policy)
+        return policy
+
+
+class _Guard:
+    """One decorated view: takes the slot, calls the view, and owns the slot's end where no middleware does."""
+
+    __slots__ = ("_awaited", "_instance", "_limit", "_name", "_number", "_view")
+
+    def __init__(self, limit: Limit, view: Callable[..., Any], number: int) -> None:
+        self._limit, self._view, self._number = limit, view, number
+        self._instance = _instance_of(view)
+        self._name: str | None = None
+        self._awaited = False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of a view that is no coroutine function."""
+        request, instance = _request_of(args, kwargs)
+        if self._is_awaited(instance):
+            return self.acall(args, kwargs)
+        turn = self._turn(request, instance)
+        if turn is None:
+            return self._view(*args, **kwargs)
+        config, policy = turn
+        owns = _own(request)
+        try:
+            response = run(admit(request, (policy,), _url_kwargs(request, kwargs), config))
+            if response is None:
+                response = self._view(*args, **kwargs)
+            if isawaitable(response):
+                self._awaited = True
+                return _later(request, config, response) if owns else response
+        except BaseException:
+            if owns:
+                abort(request)
+            raise
+        if owns:
+            finish(conclude(request, response, config), response)
+        return response
+
+    async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """On an event loop."""
+        request, instance = _request_of(args, kwargs)
+        turn = self._turn(request, instance)
+        if turn is None:
+            return await _awaited(self._view(*args, **kwargs))
+        config, policy = turn
+        answer = self._answer(request, policy, config, args, kwargs)
+        return await (_to_its_end(request, config, answer) if _own(request) else answer)
+
+    async def _answer(
+        self, request: HttpRequest, policy: Policy, config: conf.Config, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        response = await arun(admit(request, (policy,), _url_kwargs(request, kwargs), config))
+        return await _awaited(self._view(*args, **kwargs)) if response is None else response
+
+    def _is_awaited(self, instance: object | None) -> bool:
+        """Has this plain function to answer with something to await, a rejection included?
+
+        `View.dispatch` has in an asynchronous class. Of others only their first answer tells. Where they are called says
+        nothing: async_to_sync calls outside its loop, and a plain view may be called on one.
+        """
+        if self._awaited or getattr(self._view, "__name__", "") != "dispatch":
+            return self._awaited
+        return bool(getattr(type(self._instance if instance is None else instance), "view_is_async", False))
+
+    def _turn(self, request: HttpRequest, instance: Any) -> tuple[conf.Config, Policy] | None:
+        """The configuration and the policy in force for this call; None where it does not limit it."""
+        config = conf.current()
+        if not hasattr(request, "concurrency"):  # no middleware put it there
+            request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
+        if not config.enabled:
+            return None
+        policy = self._limit.policy(self._default_name(instance), config)
+        if policy.methods is not None and request.method not in policy.methods:
+            return None
+        return config, policy
+
+    def _default_name(self, instance: object | None) -> str:
+        instance = self._instance if instance is None else instance
+        if instance is not None:
+            return self._limit.name_on(instance, getattr(self._view, "__name__", "dispatch"), self._number)
+        if self._name is None:
+            self._name = _numbered(_path_of(self._view), self._number)
+        return self._name
+
+
+async def _to_its_end(request: HttpRequest, config: conf.Config, answer: Awaitable[Any]) -> Any:
+    """The answer, and the end of the request's lease with it."""
+    try:
+        response = await answer
+    except asyncio.CancelledError:
+        await release_cancelled(take_lease(request))
+        raise
+    except Exception:
+        await aabort(request)
+        raise
+    except BaseException:  # GeneratorExit and the like: nothing may be awaited any more
+        abort(request)
+        raise
+    await afinish(conclude(request, response, config), response)
+    return response
+
+
+def _later(request: HttpRequest, config: conf.Config, answer: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
+    """What a plain function returned is still to be awaited: the lease ends with that, or if nobody ever awaits it."""
+    nobody: list[weakref.finalize[Any, Any]] = []
+
+    async def awaited() -> Any:
+        nobody[0].detach()
+        return await _to_its_end(request, config, answer)
+
+    coroutine = awaited()
+    # A coroutine that is never started runs none of its own code, its `except` clauses included.
+    nobody.append(weakref.finalize(coroutine, keeper.abandon, lease_of(request)))
+    nobody[0].atexit = False
+    keeper.ready()
+    return coroutine
+
+
+def _own(request: HttpRequest) -> bool:
+    """Does this decorator own the request's lease? Not where the middleware, or a decorator further out, does."""
+    if LEASE in vars(request):
+        return False
+    setattr(request, LEASE, None)
+    return True
+
+
+def _request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[HttpRequest, object | None]:
+    """The request, and the instance where the first argument is one (a method decorated as it is)."""
+    for position, argument in enumerate(args[:2]):
+        if isinstance(argument, HttpRequest):
+            return argument, args[0] if position else None
+        wrapped = getattr(argument, "_request", None)  # Django REST framework's Request
+        if isinstance(wrapped, HttpRequest):
+            return wrapped, args[0] if position else None
+    named = kwargs.get("request")
+    if isinstance(named, HttpRequest):
+        return named, args[0] if args else None
+    raise TypeError(
+        "@concurrency_limit: the view was called without an HttpRequest as its first argument; on a method of a class use "
+        "@method_decorator(concurrency_limit(...)) or decorate the method itself"
+    )
+
+
+def _wrapped(view: Callable[..., Any], call: Callable[..., Any], acall: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the view's own kind, marked for the middleware, that hands its arguments on as (args, kwargs)."""
+    if iscoroutinefunction(view) or iscoroutinefunction(getattr(view, "__call__", None)):  # noqa: B004  # its kind is asked
+
+        @wraps(view)
+        async def awrapper(*args: Any, **kwargs: Any) -> Any:
+            return await acall(args, kwargs)
+
+        wrapper: Callable[..., Any] = awrapper
+    else:
+
+        @wraps(view)
+        def swrapper(*args: Any, **kwargs: Any) -> Any:
+            return call(args, kwargs)
+
+        wrapper = swrapper
+    setattr(wrapper, MARK, True)
+    return wrapper
+
+
+def _refuse_no_view(decorator: str, view: object, place: str) -> None:
+    if isinstance(view, type):
+        cure = f"on a class write @method_decorator({decorator}, name='dispatch')"
+    elif not callable(view):
+        cure = f"it decorates views, got {shown(view)}"
+    else:
+        return
+    raise DecoratorUsageError([Problem(place, f"@{decorator}: {cure}")])
+
+
+def _place() -> str:
+    """Where the decorator was written: `file:line` of the nearest frame that is neither ours nor method_decorator's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "django.utils.decorators"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _marks(view: Any) -> set[str]:
+    """The marks of the calls of `concurrency_limit` on this view, and on what it wraps as far as one can see."""
+    found: set[str] = set()
+    while view is not None:
+        found.update(name for name in getattr(view, "__dict__", ()) if name.startswith(_MARK_EACH))
+        view = view.func if isinstance(view, partial) else getattr(view, "__wrapped__", None)
+    return found
+
+
+def _further_in(cls: type, method: str, mark: str) -> int:
+    """How many other decorators stand on the same method of base classes, where `super()` gets to after this one."""
+    bases = iter(cls.__mro__)
+    own = next((marks for base in bases if mark in (marks := _marks(vars(base).get(method)))), set())
+    return len(set().union(*(_marks(vars(base).get(method)) for base in bases)) - own)
+
+
+def _instance_of(view: Any) -> object | None:
+    """The instance that a method is bound to, through partials and wrappers (as method_decorator makes them)."""
+    while view is not None:
+        bound = getattr(view.func if isinstance(view, partial) else view, "__self__", None)
+        if bound is not None:
+            return bound  # type: ignore[no-any-return]  # whatever it is
+        view = getattr(view, "__wrapped__", None)
+    return None
+
+
+def _path_of(view: Any) -> str:
+    """Dotted path of a view function, of the class behind `as_view()`, or of a callable instance's class."""
+    while isinstance(view, partial):
+        view = view.func
+    classes = (getattr(view, "view_class", None), getattr(view, "cls", None))
+    view = next((cls for cls in classes if isinstance(cls, type)), view)
+    if not hasattr(view, "__qualname__"):
+        view = type(view)
+    name = view.__qualname__
+    if isinstance(view, type) and name.rpartition(".")[2] != view.__name__:
+        name = view.__name__  # Django REST framework's api_view: all its classes have one __qualname__
+    return f"{view.__module__}.{name}"
+
+
+def _numbered(path: str, number: int) -> str:
+    name = _NOT_A_NAME.sub("_", path)
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _url_kwargs(request: HttpRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The URL's keywords: the same ones that the middleware sees."""
+    return kwargs if request.resolver_match is None else request.resolver_match.kwargs
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer if isawaitable(answer) else answer
+
+
+def concurrency_limit_exempt(view: V) -> V:
+    """Leave the table's policies out for this view, but for those that say `overridable: false`.
+
+    Raises: DecoratorUsageError for a class (there it takes `method_decorator`), or for no view at all.
+    """
+    _refuse_no_view("concurrency_limit_exempt", view, _place())
+    return cast(
+        "V",
+        _wrapped(
+            view, lambda args, kwargs: view(*args, **kwargs), lambda args, kwargs: _awaited(view(*args, **kwargs))
+        ),
+    )

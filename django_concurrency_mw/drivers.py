@@ -1,0 +1,175 @@
+"""The two drivers: they carry out the steps' effects, one with calls, one with awaits, and decide nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from inspect import isawaitable
+from typing import Any, TypeVar
+
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from django.utils.functional import SimpleLazyObject, empty
+
+from .outcomes import StoreFailed, TakeReply
+from .steps import Ask, Effect, Give, LoadUser, Notify, Steps, Take
+
+T = TypeVar("T")
+
+
+def run(steps: Steps[T]) -> T:
+    """Drive steps to their end in this thread. Raises what an effect of the project raises."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                reply = _SYNC[type(effect)](effect)
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+
+async def arun(steps: Steps[T]) -> T:
+    """Drive steps to their end on this event loop. A cancel arrives at the effect under way, as any exception does."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                reply = await _ASYNC[type(effect)](effect)
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+
+# -- threads --------------------------------------------------------------------------------------------------------
+
+
+def _take(effect: Take) -> TakeReply | StoreFailed:
+    try:
+        return effect.store.take(effect.slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
+    except Exception as error:
+        return StoreFailed(error)
+
+
+def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    try:
+        return tuple(effect.store.give(effect.slots))
+    except Exception as error:
+        return StoreFailed(error)
+
+
+def _load_user(effect: LoadUser) -> None:
+    user = getattr(effect.request, "user", None)
+    if user is not None:
+        bool(user.is_authenticated)  # a lazy user is read here and now
+
+
+def _ask(effect: Ask[Any]) -> Any:
+    if iscoroutinefunction(effect.function):
+        return async_to_sync(effect.function)(*effect.arguments)
+    answer = effect.function(*effect.arguments)
+    return async_to_sync(_awaited)(answer) if isawaitable(answer) else answer
+
+
+def _notify(effect: Notify) -> None:
+    effect.signal.send_robust(**effect.arguments)
+
+
+# -- event loops ----------------------------------------------------------------------------------------------------
+
+
+async def _atake(effect: Take) -> TakeReply | StoreFailed:
+    store, slots = effect.store, effect.slots
+    try:
+        if store.cancel_safe:
+            return await store.atake(slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
+        task = _keep(store.atake(slots))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Whoever is cancelled gives back at once, which may overtake this take: give back once more behind its reply.
+            task.add_done_callback(lambda done: done.cancelled() or _keep(_swallowed(store.agive(slots))))
+            raise
+    except Exception as error:
+        return StoreFailed(error)
+
+
+async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    store, slots = effect.store, effect.slots
+    try:
+        if store.cancel_safe:
+            return tuple(await store.agive(slots))
+        return tuple(await asyncio.shield(_keep(store.agive(slots))))
+    except Exception as error:
+        return StoreFailed(error)
+
+
+async def _aload_user(effect: LoadUser) -> None:
+    request = effect.request
+    user = vars(request).get("user")
+    if not isinstance(user, SimpleLazyObject) or user._wrapped is not empty:
+        return
+    if _is_djangos_own(user):
+        # Once, and into request.user: a sync view then reads it without a query of its own more than without us.
+        request.user = await request.auser()
+    else:
+        await sync_to_async(_load_user, thread_sensitive=True)(effect)
+
+
+async def _aask(effect: Ask[Any]) -> Any:
+    if iscoroutinefunction(effect.function):
+        return await effect.function(*effect.arguments)
+    answer = await sync_to_async(effect.function, thread_sensitive=True)(*effect.arguments)
+    return await answer if isawaitable(answer) else answer
+
+
+async def _anotify(effect: Notify) -> None:
+    await effect.signal.asend_robust(**effect.arguments)
+
+
+def _is_djangos_own(user: object) -> bool:
+    """Was it put there by AuthenticationMiddleware? Then `request.auser()` is the same user."""
+    return getattr(vars(user).get("_setupfunc"), "__module__", "") == "django.contrib.auth.middleware"
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def _keep(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that lives to its end: an event loop itself refers to its tasks weakly."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    return task
+
+
+async def _swallowed(awaitable: Awaitable[Any]) -> None:
+    try:
+        await awaitable
+    except Exception:
+        return  # the lease's end gives the slot back
+
+
+_SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
+    Take: _take,
+    Give: _give,
+    LoadUser: _load_user,
+    Ask: _ask,
+    Notify: _notify,
+}
+_ASYNC: dict[type[Effect[Any]], Callable[[Any], Coroutine[Any, Any, Any]]] = {
+    Take: _atake,
+    Give: _agive,
+    LoadUser: _aload_user,
+    Ask: _aask,
+    Notify: _anotify,
+}

@@ -1,0 +1,161 @@
+"""The keeper: the one background thread of a process, for everything that must happen while no request looks.
+
+It renews the leases of requests that live long, retries releases that failed, and gives back the slots of responses that
+nobody finished. It starts with the first lease that may need it, once per process; a forked child starts its own and
+forgets its parent's leases, which are not its to renew or to give back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any, Protocol
+
+from .outcomes import Slot
+
+logger = logging.getLogger("django_concurrency_mw")
+
+#: Seconds between two tries to give back what could not be given back.
+RETRY_EVERY = 0.25
+_FOREVER = float("inf")
+
+
+class Kept(Protocol):
+    """What the keeper knows of a lease."""
+
+    def __bool__(self) -> bool:
+        """Is there anything to give back?"""
+
+    def release(self) -> None:
+        """Give everything back."""
+
+    def renew(self, now: float) -> float:
+        """Renew what is due; the monotonic time at which it wants to be asked again, infinite where never."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """Slots that could not be given back, and the monotonic second at which their lease ends by itself."""
+
+    store: Any
+    slots: tuple[Slot, ...]
+    until: float
+
+
+class Keeper:
+    """Live leases and owed releases of this process."""
+
+    def __init__(self) -> None:
+        self._forked()
+        os.register_at_fork(after_in_child=self._forked)
+        atexit.register(self.flush)
+
+    def _forked(self) -> None:
+        #: Another object in every process: a lease that was made under another epoch is a parent's.
+        self.epoch = object()
+        self._live: dict[int, Kept] = {}
+        self._inbox: SimpleQueue[Kept | None] = SimpleQueue()
+        self._owed: deque[_Owed] = deque()
+        self._wakes_at = _FOREVER
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    # -- for leases ---------------------------------------------------------------------------------------------
+
+    def watch(self, lease: Kept, due: float) -> None:
+        """Keep this lease from now on, and ask it for a renewal at `due` (monotonic seconds)."""
+        self._live[id(lease)] = lease
+        if due < self._wakes_at:
+            self._wake_at(due)
+
+    def forget(self, lease: Kept) -> None:
+        """It has ended."""
+        self._live.pop(id(lease), None)
+
+    def live(self) -> list[Kept]:
+        """The leases of this process that have not ended."""
+        return list(self._live.values())
+
+    def abandon(self, lease: Kept) -> None:
+        """Its response is gone; give back what nobody has. Safe inside a garbage collection: only puts it into a queue."""
+        if lease:
+            self._inbox.put(lease)
+
+    def ready(self) -> None:
+        """Make sure that the thread runs, for whoever will call `abandon` from where no thread can be started."""
+        if self._thread is None:
+            self._start()
+
+    def give_later(self, store: Any, slots: Sequence[Slot], until: float) -> None:
+        """Try to give these back until it works or their lease has ended (`until`, monotonic seconds)."""
+        self._owed.append(_Owed(store, tuple(slots), until))
+        self._wake_at(monotonic() + RETRY_EVERY)
+
+    def flush(self) -> None:
+        """Give back all that this process still holds; at its exit."""
+        for lease in self.live():
+            try:
+                lease.release()
+            except Exception:
+                logger.exception("a slot could not be given back at exit; it ends with its lease")
+        self._retry(monotonic())
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _wake_at(self, due: float) -> None:
+        if due < self._wakes_at:
+            self._wakes_at = due
+            self._inbox.put(None)
+        self.ready()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, args=(self._inbox,), name="concurrency-keeper", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def _run(self, inbox: SimpleQueue[Kept | None]) -> None:
+        while True:
+            left = self._wakes_at - monotonic()
+            try:
+                abandoned = inbox.get(timeout=None if left == _FOREVER else max(0.0, left))
+            except Empty:
+                abandoned = None
+            try:
+                if abandoned is not None:
+                    abandoned.release()
+                now = monotonic()
+                if now >= self._wakes_at:
+                    self._look(now)
+            except Exception:
+                logger.exception("the keeper goes on after an error")
+
+    def _look(self, now: float) -> None:
+        self._wakes_at = _FOREVER
+        self._retry(now)
+        due = now + RETRY_EVERY if self._owed else _FOREVER
+        for lease in self.live():
+            due = min(due, lease.renew(now))
+        if due < self._wakes_at:
+            self._wakes_at = due
+
+    def _retry(self, now: float) -> None:
+        for _ in range(len(self._owed)):
+            debt = self._owed.popleft()
+            if debt.until <= now:
+                continue
+            try:
+                debt.store.give(debt.slots)
+            except Exception:
+                self._owed.append(debt)
+
+
+keeper = Keeper()

@@ -1,0 +1,275 @@
+"""The lease: what one request holds, renewed while it lives and given back exactly once, whoever asks first.
+
+A slot is written in before it is asked for, so that whatever cuts the take short leaves nothing that nobody knows. Giving
+back takes the slots out first (list.pop is atomic), so that two threads that end one request never give a slot twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from . import signals
+from .drivers import arun, run
+from .keeper import keeper
+from .outcomes import PolicyResult, Slot, StoreFailed
+from .policies import Policy
+from .steps import Give, Notify, Steps
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+logger = logging.getLogger("django_concurrency_mw")
+
+#: A lease is renewed when this part of its ttl has passed, so that two renewals may fail before it ends.
+RENEW_AFTER = 1 / 3
+#: Seconds after which a renewal that failed is tried again, at most; a short lease is tried sooner.
+RENEW_AGAIN = 1.0
+NEVER = float("inf")
+#: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process.
+_counting = threading.Lock()
+
+
+class Held:
+    """One slot in a lease. Times are monotonic seconds; `local`: counted by this process alone, its store having failed."""
+
+    __slots__ = ("confirmed", "due", "ends", "local", "policy", "since", "slot", "store")
+
+    def __init__(self, store: Any, policy: Policy, slot: Slot, local: bool = False) -> None:
+        self.store, self.policy, self.slot, self.local = store, policy, slot, local
+        self.confirmed = local
+        self.since = monotonic()
+        self.ends = self.since + slot.ttl
+        #: When its lease wants to be renewed.
+        self.due = self.since + slot.ttl * RENEW_AFTER if policy.renew and not local else NEVER
+
+
+class Lease:
+    """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
+
+    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "closed", "fields", "results")
+
+    def __init__(self, request: HttpRequest | None = None) -> None:
+        self._held: list[Held] = []
+        self._epoch = keeper.epoch
+        self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
+        self.closed = False
+        #: (policy, limit, remaining) of each blocking policy that was asked, for the RateLimit header fields.
+        self.fields: tuple[tuple[str, int, int], ...] = ()
+        #: What each semaphore has said to this request; the first word stands.
+        self.results: dict[tuple[str, bytes], PolicyResult] = {}
+
+    def __bool__(self) -> bool:
+        """Is there anything to give back?"""
+        return bool(self._held)
+
+    # -- for the steps (see steps.Ledger) ---------------------------------------------------------------------
+
+    def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
+        """These slots may be held from now on."""
+        held = [Held(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
+        self._held += held
+        keeper.watch(self, min(one.due for one in held))
+
+    def confirm(self, slots: Sequence[Slot]) -> None:
+        """These are held, the other expected ones are not."""
+        if len(slots) == len(self._held):
+            for held in self._held:
+                held.confirmed = True
+            return
+        sure = {id(slot) for slot in slots}
+        for held in self._held:
+            held.confirmed = held.confirmed or id(held.slot) in sure
+        self._held[:] = [held for held in self._held if held.confirmed]
+        if not self._held:
+            keeper.forget(self)
+
+    def doubt(self, error: Exception) -> None:
+        """The take failed: its slots may be held, so they are given back until the store answers or their lease ends."""
+        doubtful = [held for held in self._held if not held.confirmed]
+        self.confirm(())
+        if doubtful:
+            keeper.give_later(doubtful[0].store, [held.slot for held in doubtful], max(held.ends for held in doubtful))
+
+    def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
+        """The store failed: count what this process itself holds there, in the store and in its stead."""
+        with _counting:
+            counts = {slot.semaphore: 0 for slot in slots}
+            for held in _all_held():
+                if held.store is store and held.slot.semaphore in counts:
+                    counts[held.slot.semaphore] += 1
+            if any(counts[slot.semaphore] >= slot.limit for slot in slots):
+                return False, tuple(counts[slot.semaphore] for slot in slots)
+            self._held += [Held(store, policy, slot, local=True) for policy, slot in zip(policies, slots, strict=True)]
+            keeper.watch(self, NEVER)
+            return True, tuple(counts[slot.semaphore] + 1 for slot in slots)
+
+    # -- giving back --------------------------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """A point to which `steps_to_give` can go back."""
+        return len(self._held)
+
+    def release(self) -> None:
+        """Give everything back from a thread (or an event loop, where the store's call is short). Never raises."""
+        if self._held:
+            run(self.steps_to_give())
+
+    async def arelease(self) -> None:
+        """Give everything back on an event loop. Never raises but for a cancel."""
+        if self._held:
+            await arun(self.steps_to_give())
+
+    def close(self) -> None:
+        """The request has ended: nobody may add to this lease any more."""
+        self.closed = True
+
+    def steps_to_give(self, mark: int = 0) -> Steps[None]:
+        """Give back what was taken after the mark; all where none is given."""
+        taken = self._pop(mark)
+        if not self._held:
+            keeper.forget(self)
+        if self._epoch is not keeper.epoch:
+            return
+        for store, group in _by_store(taken):
+            slots = tuple(held.slot for held in group if not held.local)
+            reply: Sequence[bool] | StoreFailed = ()
+            if slots:
+                reply = yield from Give(store, slots)
+            yield from self._given(store, group, slots, reply)
+
+    def _given(
+        self, store: Any, group: Sequence[Held], slots: Sequence[Slot], reply: Sequence[bool] | StoreFailed
+    ) -> Steps[None]:
+        now = monotonic()
+        if isinstance(reply, StoreFailed):
+            logger.warning("a release failed, it will be tried again until its lease ends: %s", reply.error)
+            keeper.give_later(store, slots, max(held.ends for held in group))
+            reply = [True] * len(slots)
+        still = iter(reply)
+        for held in group:
+            was_held = True if held.local else next(still)
+            if not held.confirmed:
+                continue
+            if not was_held:
+                _warn_late(held.policy, now - held.since)
+            if signals.slot_released.has_listeners(Policy):
+                yield from Notify(
+                    signals.slot_released,
+                    {
+                        "sender": Policy,
+                        "request": self._request(),
+                        "policy": held.policy,
+                        "key": held.slot.key.text,
+                        "limit": held.slot.limit,
+                        "held": was_held,
+                    },
+                )
+
+    def _pop(self, mark: int) -> list[Held]:
+        taken = []
+        while len(self._held) > mark:
+            try:
+                taken.append(self._held.pop())
+            except IndexError:  # another thread gives back too
+                break
+        return taken
+
+    # -- for the keeper -----------------------------------------------------------------------------------------
+
+    def renew(self, now: float) -> float:
+        """Renew what is due. Returns when to ask again (monotonic seconds)."""
+        due = [held for held in list(self._held) if held.due <= now and held.confirmed]
+        for store, group in _by_store(due):
+            self._renew(store, group, now)
+        return min((held.due if held.due > now else now + RENEW_AGAIN for held in list(self._held)), default=NEVER)
+
+    def _renew(self, store: Any, group: Sequence[Held], now: float) -> None:
+        wanted = []
+        for held in group:
+            last = NEVER if held.policy.max_age is None else held.since + held.policy.max_age
+            if held.ends >= last:
+                held.due = NEVER
+                _warn_max_age(held.policy.name, held.policy.max_age)
+            else:
+                wanted.append((held, min(held.policy.ttl, last - now)))
+        if not wanted:
+            return
+        try:
+            reply = store.renew([(held.slot, seconds) for held, seconds in wanted])
+        except Exception as error:
+            logger.warning("a renewal failed, it will be tried again: %s", error)
+            for held, _ in wanted:
+                held.due = now + min(RENEW_AGAIN, held.policy.ttl * RENEW_AFTER / 2)
+            return
+        for (held, seconds), still in zip(wanted, reply, strict=True):
+            held.ends = now + seconds if still else held.ends
+            held.due = now + seconds * RENEW_AFTER if still else NEVER
+
+
+def _nobody() -> None:
+    return None
+
+
+def _all_held() -> Iterator[Held]:
+    for lease in keeper.live():
+        if isinstance(lease, Lease):
+            yield from list(lease._held)
+
+
+def _by_store(taken: Sequence[Held]) -> list[tuple[Any, list[Held]]]:
+    groups: dict[int, tuple[Any, list[Held]]] = {}
+    for held in taken:
+        groups.setdefault(id(held.store), (held.store, []))[1].append(held)
+    return list(groups.values())
+
+
+@lru_cache(maxsize=1024)
+def _once(policy: str, what: str) -> list[bool]:
+    return [True]
+
+
+def _first_time(policy: str, what: str) -> bool:
+    """Once per process and policy."""
+    flag = _once(policy, what)
+    try:
+        return flag.pop()
+    except IndexError:
+        return False
+
+
+def _warn_late(policy: Policy, age: float) -> None:
+    if not _first_time(policy.name, "late"):
+        return
+    if not policy.renew:
+        cure = "Raise `ttl` above the longest request, or let it be renewed (`renew: true`)."
+    elif policy.max_age is not None and age >= policy.max_age:
+        cure = "It was older than `max_age`: raise that, or look for the request that hangs."
+    else:
+        cure = (
+            "The process may have been stopped for longer than the ttl, or an operator took the slot away: raise `ttl`."
+        )
+    logger.warning(
+        "policy %s: a request gave its slot back after %.1f s, when its lease (ttl %g s) had ended and somebody else may have "
+        "had the slot. %s (Said once per process and policy.)",
+        policy.name,
+        age,
+        policy.ttl,
+        cure,
+    )
+
+
+def _warn_max_age(policy: str, max_age: float | None) -> None:
+    if _first_time(policy, "max_age"):
+        logger.warning(
+            "policy %s: a request holds its slot for max_age (%s s); the slot is not renewed any more and will be given to "
+            "somebody else. Raise `max_age` where requests may live as long, or look for the one that hangs. (Said once per "
+            "process and policy.)",
+            policy,
+            max_age,
+        )

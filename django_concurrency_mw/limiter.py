@@ -1,0 +1,219 @@
+"""The limiter: from a request and its policies to slots in its lease, or to the answer that turns it away.
+
+One generator for both halves: which policies apply, what their keys are, the take, the signals, the rejection's response.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from django.http.response import HttpResponseBase
+
+from . import rejection, signals
+from .backends import BaseBackend, get_backend
+from .conf import Config
+from .keys import Resolver
+from .lease import Lease
+from .outcomes import Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, TakeReply, Verdict
+from .policies import Policy
+from .steps import Notify, Steps, Take, acquire
+from .tokens import new_token
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+logger = logging.getLogger("django_concurrency_mw")
+
+#: Where a request keeps its lease. The middleware puts None there first; where the name is absent, nobody owns a lease yet.
+LEASE = "_concurrency_lease"
+
+#: On a view: the table's overridable policies are left to its decorator, or out.
+MARK = "_concurrency_limit_marked"
+
+
+def lease_of(request: HttpRequest) -> Lease:
+    """The request's lease, made on first use."""
+    lease: Lease | None = vars(request).get(LEASE)
+    if lease is None:
+        lease = Lease(request)
+        setattr(request, LEASE, lease)
+    return lease
+
+
+def admit(
+    request: HttpRequest, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
+) -> Steps[HttpResponseBase | None]:
+    """Take a slot of each policy that applies, into the request's lease. None, or the answer that turns the request away.
+
+    `kwargs` are the view's. Raises what the project's callables raise, and ImproperlyConfigured for a store that cannot
+    limit; whoever owns the lease gives back then.
+    """
+    stores = {policy.backend: store_of(policy, config) for policy in policies}
+    lease = lease_of(request)
+    asking = yield from Resolver(request, kwargs, config.trusted, config.client_header).resolve(policies)
+    if not asking:
+        return None
+    known, fresh = _known(lease, asking)
+    mark = lease.mark()
+    verdict = yield from _watched(
+        acquire(fresh, stores, lease, new_token(), request.path, config.on_backend_error, lease.release)
+    )
+    if verdict.rejected_by is not None:
+        yield from lease.steps_to_give(mark)
+    if known:
+        verdict = _with_known(verdict, asking, known, lease)
+    request.concurrency = verdict.concurrency  # type: ignore[attr-defined]  # ours to set
+    yield from _announce(request, fresh, verdict)
+    if verdict.rejected_by is not None:
+        # What this request asked further out, in the middleware or in another decorator, belongs to the lists too.
+        return (yield from rejection.respond(request, verdict, lease.fields + verdict.fields, config.headers))
+    _remember(lease, fresh, verdict)
+    return None
+
+
+def take_lease(request: HttpRequest) -> Lease:
+    """The request's lease, for its owner to end; an empty one where nothing was taken."""
+    return vars(request).pop(LEASE, None) or Lease()
+
+
+def conclude(request: HttpRequest, response: HttpResponseBase, config: Config) -> Lease:
+    """The request has its response: the lease to bind to it. Adds the RateLimit fields where HEADERS says `always`."""
+    lease = take_lease(request)
+    if lease.fields and config.headers == "always":
+        rejection.add_fields_where_private(request, response, lease.fields)
+    return lease
+
+
+def abort(request: HttpRequest) -> None:
+    """The request ended without a response, where nothing can be awaited: SystemExit, KeyboardInterrupt, a closed
+    coroutine, or an exception of the view."""
+    lease = take_lease(request)
+    lease.close()
+    lease.release()
+
+
+async def aabort(request: HttpRequest) -> None:
+    """The request ended in an exception, on an event loop."""
+    lease = take_lease(request)
+    lease.close()
+    await lease.arelease()
+
+
+def store_of(policy: Policy, config: Config) -> BaseBackend:
+    """The policy's store. Raises: ImproperlyConfigured for an unknown name or a store that cannot limit."""
+    store = config.stores.get(policy.backend)
+    if store is None:
+        store = config.stores[policy.backend] = get_backend(policy.backend, config.backends)
+    return store
+
+
+#: The stores whose last take failed.
+_failing: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
+_noting = threading.Lock()
+
+
+def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
+    """The same steps; what their takes say of a store's health is told, once per change."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                reply = yield effect
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                if type(effect) is Take:
+                    yield from _note(effect.store, reply)
+                effect = steps.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+
+def _note(store: BaseBackend, reply: TakeReply | StoreFailed) -> Steps[None]:
+    error = reply.error if isinstance(reply, StoreFailed) else None
+    if error is None and not _failing:
+        return
+    with _noting:
+        if (store in _failing) is (error is not None):
+            return
+        (_failing.discard if error is None else _failing.add)(store)
+    alias = store.config.alias
+    if error is None:
+        logger.warning("backend %s answers again", alias)
+    else:
+        logger.error("backend %s fails, ON_BACKEND_ERROR decides until it answers again: %r", alias, error)
+    if signals.backend_failed.has_listeners(Policy):
+        yield from Notify(
+            signals.backend_failed, {"sender": Policy, "alias": alias, "error": error, "recovered": error is None}
+        )
+
+
+Known = dict[str, PolicyResult]
+
+
+def _known(lease: Lease, asking: Sequence[Asked | KeyMissing]) -> tuple[Known, list[Asked | KeyMissing]]:
+    """What this request holds already: one slot per policy and key, the first take stands."""
+    if not lease.results:
+        return {}, list(asking)
+    known: Known = {}
+    fresh: list[Asked | KeyMissing] = []
+    for entry in asking:
+        result = lease.results.get((entry.policy.name, entry.key.digest)) if isinstance(entry, Asked) else None
+        if result is None:
+            fresh.append(entry)
+        else:
+            known[entry.policy.name] = result
+    return known, fresh
+
+
+def _with_known(verdict: Verdict, asking: Sequence[Asked | KeyMissing], known: Known, lease: Lease) -> Verdict:
+    found = {result.policy: result for result in verdict.concurrency.policies} | known
+    concurrency = Concurrency(
+        True,
+        tuple(found[entry.policy.name] for entry in asking),
+        verdict.concurrency.rejection,
+        verdict.concurrency.waited,
+        lease.release,
+    )
+    return Verdict(concurrency, verdict.rejected_by, verdict.fields)
+
+
+def _remember(lease: Lease, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> None:
+    found = {result.policy: result for result in verdict.concurrency.policies}
+    for entry in fresh:
+        if isinstance(entry, Asked):
+            lease.results[(entry.policy.name, entry.key.digest)] = found[entry.policy.name]
+    lease.fields += verdict.fields
+
+
+def _announce(request: HttpRequest, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> Steps[None]:
+    acquired = signals.slot_acquired.has_listeners(Policy)
+    rejected = signals.request_rejected.has_listeners(Policy)
+    found = {result.policy: result for result in verdict.concurrency.policies}
+    refusal = verdict.concurrency.rejection
+    for entry in fresh:
+        result = found[entry.policy.name]
+        about = {
+            "sender": Policy,
+            "request": request,
+            "policy": entry.policy,
+            "key": result.key,
+            "in_flight": result.in_flight,
+            "limit": result.limit,
+        }
+        if refusal is not None:
+            if entry.policy.name in refusal.violated:
+                rejection.log(entry.policy, result.key, refusal.reason)
+                if rejected:
+                    yield from Notify(signals.request_rejected, {**about, "reason": refusal.reason, "shadow": False})
+        elif result.state in ("held", "local"):
+            if acquired:
+                yield from Notify(signals.slot_acquired, {**about, "waited": verdict.concurrency.waited})
+        elif result.state == "over":
+            rejection.log(entry.policy, result.key, "full")
+            if rejected:
+                yield from Notify(signals.request_rejected, {**about, "reason": "full", "shadow": True})

@@ -1,0 +1,166 @@
+"""The outcomes: frozen answers of a take and of a whole acquisition, so that nothing is ever a bare bool.
+
+A request that was let in because the store is down is not a request that holds a slot; each has its own state here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+if TYPE_CHECKING:
+    from .policies import Policy
+
+State = Literal["held", "over", "local", "unprotected", "skipped"]
+Reason = Literal["full", "queue_full", "wait_timeout", "cost_above_limit", "key_missing", "backend_unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A resolved key: `text` for people (`user:42`), `digest` (16 bytes) for stores. Equal digests share a semaphore."""
+
+    text: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One slot of one semaphore, asked for or held: enough to take it, to renew it and to give it back.
+
+    `limit` is in slots, `ttl` in seconds. A slot with `block` false never makes a take fail: it is held where one is
+    free. `token` names the holder, made by us; asking twice with one token is asking once.
+    """
+
+    policy: str
+    key: Key
+    limit: int
+    ttl: float
+    token: str
+    block: bool = True
+    path: str = ""
+
+    @property
+    def semaphore(self) -> tuple[str, bytes]:
+        """What is counted: the policy's name and the key's digest."""
+        return (self.policy, self.key.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Every blocking slot is held. `held` and `in_flight` (own slot included) stand in the order of the slots asked for."""
+
+    held: tuple[bool, ...]
+    in_flight: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """None is held, as a blocking one was at its limit. `full` and `in_flight` stand in the order of the slots asked for."""
+
+    full: tuple[bool, ...]
+    in_flight: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed:
+    """The store could not say. Whether it took anything is unknown, so what was asked for is given back all the same."""
+
+    error: Exception
+
+
+TakeReply = Taken | Full
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """What one policy meant for one request.
+
+    `held`: a slot of the store. `over`: over capacity (a shadow policy's request runs all the same, without a slot).
+    `local`: the store failed and this process's own count stands in. `unprotected`: the store failed and the request
+    was let in. `skipped`: it has no key here, or the request was rejected before it was asked.
+    `in_flight` is the count as the take saw it, own slot included; None where nobody counted.
+    """
+
+    policy: str
+    key: str
+    state: State
+    in_flight: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a request was turned away: the first violated policy in table order, and the names of all of them.
+
+    `retry_after` is in seconds, None where waiting cannot help (a limit of 0, a missing key).
+    """
+
+    policy: str
+    key: str
+    reason: Reason
+    limit: int | None
+    in_flight: int | None
+    retry_after: int | None
+    status: int
+    violated: tuple[str, ...]
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """`request.concurrency`: what the limits decided for this request. `waited` is in seconds."""
+
+    limited: bool = False
+    policies: tuple[PolicyResult, ...] = ()
+    rejection: Rejection | None = None
+    waited: float = 0.0
+    _give_back: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Give this request's slots back now, for a view that is done with the limited part. Further calls do nothing."""
+        self._give_back()
+
+    def hand_over(self) -> NoReturn:
+        """Not carried out by this version yet.
+
+        Raises: NotImplementedError, always.
+        """
+        raise NotImplementedError("hand_over() is not carried out by this version of django_concurrency_mw yet")
+
+
+#: Of a request to which no policy applied.
+NOT_LIMITED = Concurrency()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A policy that applies to this request, with its key: what an acquisition is about."""
+
+    policy: Policy
+    key: Key
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMissing:
+    """A policy whose key has no value for this request. `rejects`: the policy says `missing: reject`."""
+
+    policy: Policy
+    text: str
+    rejects: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of an acquisition: what to tell the request, and which policies (with their counts) to tell the client of.
+
+    `fields`: (policy, limit, remaining) of every blocking policy that was asked, for the RateLimit header fields.
+    """
+
+    concurrency: Concurrency
+    rejected_by: Policy | None = None
+    fields: tuple[tuple[str, int, int], ...] = ()

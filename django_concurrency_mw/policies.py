@@ -1,0 +1,123 @@
+"""The policy, and the table of policies: which ones a view name and method have, compiled at first sight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase, translate
+from typing import Any, Literal
+
+from .keyspec import KeySpec
+
+STANDARD_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+
+#: The entry of every method that is neither standard nor named by a policy: a client's words take no memory.
+_OTHER = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Policy:
+    """One limit: what it counts by (`key`), how many may be in flight (`max_concurrent`), where it applies.
+
+    `ttl` and `max_age` are seconds. `methods` is upper case, with the HEAD that GET implies already in it;
+    None means all. `place` is where the policy was written, such as `policies.yaml:3:3`. Two policies are
+    equal only if they are one object.
+    """
+
+    name: str
+    key: KeySpec
+    max_concurrent: int
+    url_names: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    methods: frozenset[str] | None = None
+    when: str | Callable[..., Any] | None = None
+    missing: Literal["ip", "skip", "reject"] = "ip"
+    ttl: float = 60.0
+    renew: bool = True
+    max_age: float | None = 3600.0
+    block: bool = True
+    backend: str = "default"
+    on_backend_error: Literal["local", "allow", "deny"] | None = None
+    status: Literal[429, 503] = 429
+    response_callback: str | Callable[..., Any] | None = None
+    overridable: bool = True
+    place: str = ""
+
+
+def applies_to(policy: Policy, view_name: str, method: str) -> bool:
+    """Does the table give this policy to that view? A policy without `url_names` is given to none."""
+    return (
+        (policy.methods is None or method in policy.methods)
+        and any(fnmatchcase(view_name, pattern) for pattern in policy.url_names)
+        and not any(fnmatchcase(view_name, pattern) for pattern in policy.exclude)
+    )
+
+
+class PolicyTable:
+    """All policies, in the order they were written.
+
+    `match` searches the table once per view name and looks it up from then on. It needs no lock: two threads
+    that meet a new name at once write equal entries.
+    """
+
+    __slots__ = ("_by_name", "_globs", "_methods", "_views", "policies")
+
+    def __init__(self, policies: Sequence[Policy] = ()) -> None:
+        self.policies: tuple[Policy, ...] = tuple(policies)
+        self._by_name = {policy.name: policy for policy in self.policies}
+        self._methods = STANDARD_METHODS.union(*(policy.methods or () for policy in self.policies))
+        self._globs = [
+            (policy, _any_of(policy.url_names), _any_of(policy.exclude)) for policy in self.policies if policy.url_names
+        ]
+        self._views: dict[str, Mapping[str, tuple[Policy, ...]] | None] = {}
+
+    def __iter__(self) -> Iterator[Policy]:
+        return iter(self.policies)
+
+    def __len__(self) -> int:
+        return len(self.policies)
+
+    def get(self, name: str) -> Policy | None:
+        """The policy of that name, or None."""
+        return self._by_name.get(name)
+
+    def match(self, view_name: str, method: str) -> tuple[Policy, ...]:
+        """The policies of this view and method, in table order."""
+        try:
+            methods = self._views[view_name]
+        except KeyError:
+            methods = self._views[view_name] = self._compile(view_name)
+        if methods is None:
+            return ()
+        found = methods.get(method)
+        return methods[_OTHER] if found is None else found
+
+    def _compile(self, view_name: str) -> Mapping[str, tuple[Policy, ...]] | None:
+        found = [policy for policy, wanted, unwanted in self._globs if wanted(view_name) and not unwanted(view_name)]
+        if not found:
+            return None
+        return {
+            method: tuple(policy for policy in found if policy.methods is None or method in policy.methods)
+            for method in (*self._methods, _OTHER)
+        }
+
+
+def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """`fnmatchcase` against any of the patterns; the two common forms need no regular expression."""
+    exact = frozenset(pattern for pattern in patterns if not _is_glob(pattern))
+    rest = [pattern for pattern in patterns if _is_glob(pattern)]
+    starts = tuple(pattern[:-1] for pattern in rest if pattern.endswith("*") and not _is_glob(pattern[:-1]))
+    others = [pattern for pattern in rest if _is_glob(pattern[:-1]) or not pattern.endswith("*")]
+    search = re.compile("|".join(map(translate, others))).match if others else None
+
+    def matches(view_name: str) -> bool:
+        return (
+            view_name in exact or view_name.startswith(starts) or (search is not None and search(view_name) is not None)
+        )
+
+    return matches
+
+
+def _is_glob(pattern: str) -> bool:
+    return not {"*", "?", "["}.isdisjoint(pattern)

@@ -1,0 +1,282 @@
+"""The decisions of an acquisition, without any I/O: a generator of typed effects that two drivers carry out.
+
+The same steps serve threads and event loops. They only take: before a take is asked for, what it will hold is written into
+the lease, and whoever called them gives the lease back. (Steps that gave back in their own `finally` would leak whenever
+the generator is closed half way.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from .outcomes import (
+    Asked,
+    Concurrency,
+    Full,
+    KeyMissing,
+    PolicyResult,
+    Reason,
+    Rejection,
+    Slot,
+    State,
+    StoreFailed,
+    Taken,
+    TakeReply,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from django.dispatch import Signal
+    from django.http import HttpRequest
+
+    from .policies import Policy
+
+R = TypeVar("R")
+Steps = Generator["Effect[Any]", Any, R]
+OnError = Literal["local", "allow", "deny"]
+
+#: Seconds, at random, until the line itself can tell how long a slot takes.
+RETRY_AFTER = (1, 5)
+
+
+class Effect(Generic[R]):
+    """Something the outside has to do. `reply = yield from effect` gets its typed answer."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Generator[Effect[R], R, R]:
+        return (yield self)
+
+
+class Store(Protocol):
+    """What the steps need to know of a backend."""
+
+    @property
+    def is_local(self) -> bool: ...
+
+
+class Ledger(Protocol):
+    """The lease, as the steps see it."""
+
+    def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
+        """These slots may be held from now on."""
+
+    def confirm(self, slots: Sequence[Slot]) -> None:
+        """These are held, the other expected ones of the same take are not."""
+
+    def doubt(self, error: Exception) -> None:
+        """The take failed, so nobody knows whether the expected ones are held: they have to be given back all the same."""
+
+    def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
+        """The store failed: this process's own count decides. All of the slots or none; with the counts."""
+
+
+@dataclass(slots=True, eq=False)
+class LoadUser(Effect[None]):
+    """After this `request.user` can be read in either half."""
+
+    request: HttpRequest
+
+
+@dataclass(slots=True, eq=False)
+class Ask(Effect[R]):
+    """Call something of the project's, sync or async, off the event loop where it is sync. What it raises propagates."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Take(Effect["TakeReply | StoreFailed"]):
+    """Ask a store for slots, all its blocking ones or none."""
+
+    store: Any
+    slots: tuple[Slot, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Give(Effect["tuple[bool, ...] | StoreFailed"]):
+    """Give slots back to their store. The answer: which of them were still held."""
+
+    store: Any
+    slots: tuple[Slot, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Notify(Effect[None]):
+    """Send a signal; a receiver that fails changes nothing."""
+
+    signal: Signal
+    arguments: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is known so far of each policy asked, in table order."""
+
+    states: dict[str, tuple[State, int | None]]
+    full: dict[str, int | None]
+
+    def result(self, asked: Asked) -> PolicyResult:
+        state, in_flight = self.states.get(asked.policy.name, ("skipped", None))
+        return PolicyResult(asked.policy.name, asked.key.text, state, in_flight, asked.limit)
+
+
+def acquire(
+    asked: Sequence[Asked | KeyMissing],
+    stores: dict[str, Any],
+    lease: Ledger,
+    token: str,
+    path: str,
+    on_error: OnError,
+    give_back: Callable[[], None],
+) -> Steps[Verdict]:
+    """Take what the policies ask for, or find out why not. `stores` maps a policy's `backend` to its store.
+
+    `on_error` is the setting; a policy's own `on_backend_error` goes before it. On a rejection the caller gives back what
+    the lease got in this call.
+    """
+    account = _Account({}, {})
+    refused = [missing for missing in asked if isinstance(missing, KeyMissing) and missing.rejects]
+    if refused:
+        return _rejected(asked, account, "key_missing", {missing.policy.name: None for missing in refused}, ())
+    wanted = [entry for entry in asked if isinstance(entry, Asked)]
+    fields: list[tuple[str, int, int]] = []
+    for store, group in _rounds(wanted, stores):
+        slots = tuple(
+            Slot(
+                entry.policy.name, entry.key, entry.limit, lease_seconds(entry.policy), token, entry.policy.block, path
+            )
+            for entry in group
+        )
+        policies = [entry.policy for entry in group]
+        lease.expect(store, policies, slots)
+        reply = yield from Take(store, slots)
+        if isinstance(reply, StoreFailed):
+            lease.doubt(reply.error)
+            reason = _fail_over(store, group, slots, lease, account, on_error)
+        else:
+            reason = _settle(reply, group, slots, lease, account)
+            fields += [
+                (entry.policy.name, entry.limit, max(0, entry.limit - count))
+                for entry, count in zip(group, reply.in_flight, strict=True)
+                if entry.policy.block
+            ]
+        if reason is not None:
+            return _rejected(asked, account, reason, account.full, tuple(fields))
+    results = _results(asked, account)
+    return Verdict(
+        Concurrency(any(result.state != "skipped" for result in results), results, _give_back=give_back),
+        fields=tuple(fields),
+    )
+
+
+def lease_seconds(policy: Policy) -> float:
+    """How long a take is good for without a renewal."""
+    return policy.ttl if policy.max_age is None else min(policy.ttl, policy.max_age)
+
+
+def _rounds(wanted: Sequence[Asked], stores: dict[str, Any]) -> list[tuple[Any, list[Asked]]]:
+    """One take per store, local ones first; what never rejects is asked last, and with a take that may reject if it can.
+
+    A shadow policy must not be asked before the last blocking one has been: of a rejected request it counts nothing.
+    """
+    blocking: dict[int, tuple[Any, list[Asked]]] = {}
+    shadow: dict[int, tuple[Any, list[Asked]]] = {}
+    for entry in wanted:
+        store = stores[entry.policy.backend]
+        (blocking if entry.policy.block else shadow).setdefault(id(store), (store, []))[1].append(entry)
+    rounds = sorted(blocking.values(), key=lambda pair: not pair[0].is_local)
+    if rounds:
+        store, group = rounds[-1]
+        together = shadow.pop(id(store), None)
+        if together is not None:
+            group += together[1]
+    return rounds + sorted(shadow.values(), key=lambda pair: not pair[0].is_local)
+
+
+def _settle(
+    reply: TakeReply, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account
+) -> Reason | None:
+    if isinstance(reply, Full):
+        lease.confirm(())
+        for entry, full, count in zip(group, reply.full, reply.in_flight, strict=True):
+            if full:
+                account.full[entry.policy.name] = count
+                account.states[entry.policy.name] = ("over", count)
+        return "full"
+    assert isinstance(reply, Taken)
+    lease.confirm([slot for slot, held in zip(slots, reply.held, strict=True) if held])
+    for entry, held, count in zip(group, reply.held, reply.in_flight, strict=True):
+        account.states[entry.policy.name] = ("held" if held else "over", count)
+    return None
+
+
+def _fail_over(
+    store: Any, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account, on_error: OnError
+) -> Reason | None:
+    """The store cannot say. Among the blocking policies deny beats local beats allow."""
+    modes = {entry.policy.on_backend_error or on_error for entry in group if entry.policy.block}
+    mode = next((mode for mode in ("deny", "local") if mode in modes), "allow")
+    if mode == "deny":
+        for entry in group:
+            if entry.policy.block and (entry.policy.on_backend_error or on_error) == "deny":
+                account.full[entry.policy.name] = None
+        return "backend_unavailable"
+    for entry in group:
+        account.states[entry.policy.name] = ("unprotected", None)
+    local = [
+        (entry, slot)
+        for entry, slot in zip(group, slots, strict=True)
+        if entry.policy.block and (entry.policy.on_backend_error or on_error) == "local"
+    ]
+    if local:
+        held, counts = lease.stand_in(store, [entry.policy for entry, _ in local], [slot for _, slot in local])
+        for (entry, slot), count in zip(local, counts, strict=True):
+            if held:
+                account.states[entry.policy.name] = ("local", count)
+            elif count >= slot.limit:
+                account.full[entry.policy.name] = count
+                account.states[entry.policy.name] = ("over", count)
+        if not held:
+            return "full"
+    return None
+
+
+def _results(asked: Sequence[Asked | KeyMissing], account: _Account) -> tuple[PolicyResult, ...]:
+    return tuple(
+        PolicyResult(entry.policy.name, entry.text, "skipped", None, None)
+        if isinstance(entry, KeyMissing)
+        else account.result(entry)
+        for entry in asked
+    )
+
+
+def _rejected(
+    asked: Sequence[Asked | KeyMissing],
+    account: _Account,
+    reason: Reason,
+    violated: dict[str, int | None],
+    fields: tuple[tuple[str, int, int], ...],
+) -> Verdict:
+    # A round that was taken before the one that rejected is given back, so nothing is held.
+    account.states = {name: state for name, state in account.states.items() if name in violated}
+    against = [entry for entry in asked if entry.policy.name in violated]
+    first = against[0]
+    policy = first.policy
+    limit, key = (first.limit, first.key.text) if isinstance(first, Asked) else (policy.max_concurrent, first.text)
+    hopeless = reason == "key_missing" or any(isinstance(entry, Asked) and entry.limit == 0 for entry in against)
+    rejection = Rejection(
+        policy=policy.name,
+        key=key,
+        reason=reason,
+        limit=limit,
+        in_flight=violated[policy.name],
+        retry_after=None if hopeless else random.randint(*RETRY_AFTER),
+        status=503 if reason == "backend_unavailable" else policy.status,
+        violated=tuple(entry.policy.name for entry in against),
+    )
+    return Verdict(Concurrency(True, _results(asked, account), rejection), policy, fields)

@@ -1,0 +1,44 @@
+"""What all tests share: where the repository is, and how a program of it is run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .support import limits
+
+__all__ = ["limits"]
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Run:
+    """Run this Python from the repository's root (or `cwd`), with the repository importable; `env` adds variables."""
+
+    def run(
+        *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 120, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        inherited = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "140", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

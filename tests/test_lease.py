@@ -1,0 +1,319 @@
+"""Leases are renewed while the request lives, end at max_age, and are given back exactly once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from django.test import RequestFactory
+
+from django_concurrency_mw import drivers, lease, signals
+from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.exceptions import BackendError
+from django_concurrency_mw.keeper import Keeper, keeper
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.keyspec import parse_key
+from django_concurrency_mw.lease import Lease
+from django_concurrency_mw.outcomes import Asked, Slot, Taken
+from django_concurrency_mw.policies import Policy
+from django_concurrency_mw.steps import acquire
+from django_concurrency_mw.tokens import new_token
+
+from .support import exit_code, wait_until
+
+
+class Counting(MemoryBackend):
+    """Counts what it is asked to renew, and can refuse to."""
+
+    fails = False
+    supports_semaphores: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__(BackendConfig("default", "memory"))
+        self.renewals: list[list[float]] = []
+
+    def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+        self.renewals.append([seconds for _, seconds in slots])
+        if self.fails:
+            raise BackendError("down")
+        return super().renew(slots)
+
+
+@pytest.fixture
+def store() -> Counting:
+    return Counting()
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing() -> None:
+    lease._once.cache_clear()
+
+
+def policy(name: str = "p", **fields: Any) -> Policy:
+    return Policy(name, parse_key("global"), 5, **{"backend": "store", **fields})
+
+
+def take(store: MemoryBackend, policy: Policy, into: Lease | None = None) -> Lease:
+    held = Lease(RequestFactory().get("/")) if into is None else into
+    entry = Asked(policy, make_key("k"), policy.max_concurrent)
+    drivers.run(acquire([entry], {"store": store}, held, new_token(), "/", "local", held.release))
+    return held
+
+
+def due(held: Lease) -> float:
+    return held._held[0].due
+
+
+class TestRenewal:
+    def test_a_short_request_is_never_renewed(self, store: Counting) -> None:
+        held = take(store, policy(ttl=60))
+        assert due(held) - held._held[0].since == pytest.approx(20)
+        assert held.renew(held._held[0].since + 19.9) == pytest.approx(due(held))
+        assert store.renewals == []
+        held.release()
+
+    def test_a_long_one_is_renewed_at_a_third_of_its_ttl(self, store: Counting) -> None:
+        held = take(store, policy(ttl=60))
+        start = held._held[0].since
+        assert held.renew(start + 20) == pytest.approx(start + 40)
+        assert held.renew(start + 39) == pytest.approx(start + 40)
+        assert held.renew(start + 40) == pytest.approx(start + 60)
+        assert store.renewals == [[60], [60]]
+        held.release()
+
+    def test_several_slots_of_one_store_are_one_call(self, store: Counting) -> None:
+        held = take(store, policy("a"))
+        take(store, policy("b"), held)
+        held.renew(due(held) + 1)
+        assert store.renewals == [[60, 60]]
+        held.release()
+
+    def test_the_keeper_does_it_by_itself(self, store: Counting) -> None:
+        """A ttl of 0.3 s, held for four of them, with the limit taken up: nobody else gets in."""
+        held = take(store, policy(ttl=0.3))
+        assert wait_until(lambda: len(store.renewals) >= 12)
+        others = [Slot("p", make_key("k"), 1, 60, "other")]
+        assert not isinstance(store.take(others), Taken)
+        held.release()
+        assert isinstance(store.take(others), Taken)
+
+    def test_without_renew_the_slot_ends_at_its_ttl_and_the_late_release_warns_once(
+        self, store: Counting, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        leases = [take(store, policy(ttl=0.05, renew=False)) for _ in range(2)]
+        assert wait_until(lambda: store.snapshot() == [])
+        other = take(store, policy("p", ttl=60))
+        for held in leases:
+            assert due(held) == lease.NEVER
+            held.release()
+        assert len(store.snapshot()) == 1, "a late release took somebody else's slot"
+        (record,) = caplog.records
+        assert "policy p" in record.getMessage()
+        assert "Raise `ttl`" in record.getMessage()
+        other.release()
+
+    def test_a_renewal_that_fails_is_tried_again_and_soon(self, store: Counting) -> None:
+        held = take(store, policy(ttl=3))
+        start = held._held[0].since
+        store.fails = True
+        again = held.renew(start + 1)
+        assert start + 1 < again <= start + 2
+        store.fails = False
+        held.renew(again)
+        assert held._held[0].ends == pytest.approx(again + 3)
+        held.release()
+
+    def test_a_slot_that_is_gone_is_not_renewed_any_more(self, store: Counting) -> None:
+        held = take(store, policy())
+        store.evict(held._held[0].slot.token)
+        assert held.renew(due(held)) == lease.NEVER
+        assert store.snapshot() == []
+        held.release()
+
+
+class TestMaxAge:
+    def test_a_lease_ends_at_max_age_with_a_warning(self, store: Counting, caplog: pytest.LogCaptureFixture) -> None:
+        held = take(store, policy(ttl=60, max_age=90))
+        start = held._held[0].since
+        held.renew(start + 20)
+        held.renew(start + 40)
+        assert [seconds for (seconds,) in store.renewals] == [60, pytest.approx(50)]
+        assert held._held[0].ends == pytest.approx(start + 90)
+        while (next_look := held.renew(due(held))) != lease.NEVER:
+            assert next_look <= start + 90
+        assert len(store.renewals) == 2
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert "max_age (90 s)" in caplog.text
+        held.release()
+
+    def test_null_is_never(self, store: Counting) -> None:
+        held = take(store, policy(ttl=60, max_age=None))
+        start = held._held[0].since
+        assert held.renew(start + 10**6) == pytest.approx(start + 10**6 + 20)
+        held.release()
+
+    def test_a_max_age_below_the_ttl_is_the_lease(self, store: Counting) -> None:
+        held = take(store, policy(ttl=60, max_age=2))
+        assert store.snapshot()[0].lease_left == pytest.approx(2, abs=0.5)
+        held.release()
+
+
+class TestGivingBack:
+    def test_exactly_once_whoever_asks(self, store: Counting) -> None:
+        """Eight threads end the same request; each slot is given, and told of, once."""
+        released: list[str] = []
+
+        def receiver(policy: Policy, held: bool, **kwargs: Any) -> None:
+            released.append(policy.name)
+            assert held
+
+        signals.slot_released.connect(receiver)
+        try:
+            for _ in range(200):
+                held = take(store, policy("a"))
+                take(store, policy("b"), held)
+                start = threading.Barrier(8)
+
+                def end(held: Lease = held, start: threading.Barrier = start) -> None:
+                    start.wait()
+                    held.release()
+
+                threads = [threading.Thread(target=end) for _ in range(8)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+        finally:
+            signals.slot_released.disconnect(receiver)
+        assert sorted(released) == ["a"] * 200 + ["b"] * 200
+        assert store.snapshot() == []
+
+    def test_what_was_expected_but_never_answered_is_given_back(self, store: Counting) -> None:
+        """The take was cut short by an exception after the store had done it."""
+
+        class Interrupted(Counting):
+            def take(self, slots: Sequence[Slot]) -> Any:
+                super().take(slots)
+                raise KeyboardInterrupt
+
+        store = Interrupted()
+        held = Lease()
+        with pytest.raises(KeyboardInterrupt):
+            take(store, policy(), held)
+        assert len(store.snapshot()) == 1
+        held.release()
+        assert store.snapshot() == []
+
+    def test_the_keeper_remembers_only_what_is_held(self, store: Counting) -> None:
+        before = len(keeper.live())
+        held = take(store, policy())
+        assert len(keeper.live()) == before + 1
+        held.release()
+        assert len(keeper.live()) == before
+
+
+class TestKeeper:
+    @pytest.fixture
+    def own(self) -> Keeper:
+        return Keeper()
+
+    def test_no_thread_before_there_is_work(self, own: Keeper) -> None:
+        assert own._thread is None
+
+    def test_an_abandoned_lease_is_given_back(self, store: Counting) -> None:
+        held = take(store, policy())
+        keeper.abandon(held)
+        assert wait_until(lambda: store.snapshot() == [])
+
+    def test_an_error_does_not_end_the_thread(self, own: Keeper, caplog: pytest.LogCaptureFixture) -> None:
+        ended = threading.Event()
+
+        class Bad:
+            def __bool__(self) -> bool:
+                return True
+
+            def release(self) -> None:
+                raise RuntimeError("bad")
+
+            def renew(self, now: float) -> float:
+                return lease.NEVER
+
+        class Good(Bad):
+            def release(self) -> None:
+                ended.set()
+
+        own.ready()
+        own.abandon(Bad())
+        own.abandon(Good())
+        assert ended.wait(5)
+        assert "the keeper goes on" in caplog.text
+
+    def test_what_is_owed_is_dropped_when_its_lease_has_ended(self, own: Keeper) -> None:
+        class Down:
+            asked = 0
+
+            def give(self, slots: Sequence[Slot]) -> None:
+                self.asked += 1
+                raise BackendError("down")
+
+        down = Down()
+        own.give_later(down, (), until=100)
+        own._retry(99)
+        asked = down.asked
+        assert asked >= 1
+        own._retry(100)
+        own._retry(100)
+        assert down.asked == asked
+
+
+def test_a_forked_child_neither_renews_nor_gives_back_its_parents_leases(store: Counting) -> None:
+    held = take(store, policy())
+    parents = new_token().split("-")[0]
+    pid = os.fork()
+    if pid == 0:
+        given: list[Any] = []
+        store.give = given.append  # type: ignore[assignment,method-assign]  # only to see whether it is called
+        held.release()
+        mine = take(store, policy())  # the child's own work goes on, with a keeper of its own
+        own_token = not new_token().startswith(parents)
+        os._exit(0 if given == [] and keeper.live() == [mine] and own_token else 1)
+    assert exit_code(pid) == 0
+    assert len(store.snapshot()) == 1
+    held.release()
+
+
+def test_leases_are_flushed_at_exit(tmp_path: Path) -> None:
+    """A process that ends with slots held gives them back on its way out."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "os.environ['DJANGO_SETTINGS_MODULE'] = 'tests.settings'\n"
+        "import django; django.setup()\n"
+        "from tests.test_lease import Counting, policy, take\n"
+        "class Told(Counting):\n"
+        "    def give(self, slots):\n"
+        "        print('given', len(slots), flush=True)\n"
+        "        return super().give(slots)\n"
+        "held = take(Told(), policy())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout == "given 1\n", done.stderr
+
+
+def test_tokens_are_never_the_same() -> None:
+    tokens = {new_token() for _ in range(1000)}
+    assert len(tokens) == 1000
