@@ -1,0 +1,120 @@
+"""Real servers as subprocesses on loopback, and a crowd of clients that all want in at once."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gunicorn(port: int, *options: str) -> list[str]:
+    """gthread with the given options."""
+    bound = ["--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--no-control-socket"]
+    return [sys.executable, "-m", "gunicorn", *bound, *options, "tests.serving:wsgi"]
+
+
+def uvicorn(port: int, *options: str) -> list[str]:
+    bound = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    return [sys.executable, "-m", "uvicorn", *bound, *options, "tests.serving:asgi"]
+
+
+@contextmanager
+def running(command: list[str], port: int, gauge_file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, ready; stopped by its pid. Its output is in the message of whatever goes wrong."""
+    log = gauge_file.with_suffix(f".{port}.log")
+    environment = {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "tests.server_settings",
+        "TEST_GAUGE_FILE": str(gauge_file),
+        "PYTHONPATH": str(ROOT),
+    }
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_ready(server, port, log)
+        yield server
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = monotonic() + 30
+    while monotonic() < end:
+        if server.poll() is not None:
+            break
+        try:
+            status, _ = get(port, "/-/held/")
+            if status == 200:
+                return
+        except OSError:
+            sleep(0.05)
+    raise AssertionError(f"the server did not come up:\n{log.read_text()}")
+
+
+def get(port: int, path: str, connection: http.client.HTTPConnection | None = None) -> tuple[int, bytes]:
+    own = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        own.request("GET", path)
+        response = own.getresponse()
+        return response.status, response.read()
+    finally:
+        if connection is None:
+            own.close()
+
+
+def held(port: int) -> list[str]:
+    """The policies whose slots the server's store holds."""
+    _, body = get(port, "/-/held/")
+    found: list[str] = json.loads(body)["held"]
+    return found
+
+
+def crowd(port: int, path: str, clients: int, seconds: float) -> Counter[int]:
+    """So many clients ask for the path again and again for so long. Returns how often each status came (0: no answer)."""
+    statuses: Counter[int] = Counter()
+    lock = threading.Lock()
+    end = monotonic() + seconds
+
+    def client() -> None:
+        mine: Counter[int] = Counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        while monotonic() < end:
+            try:
+                status, _ = get(port, path, connection)
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                status = 0
+            mine[status] += 1
+        connection.close()
+        with lock:
+            statuses.update(mine)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return statuses
