@@ -8,7 +8,7 @@ from inspect import isawaitable
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
-from django.utils.functional import SimpleLazyObject, empty
+from django.utils.functional import LazyObject, empty
 
 from .outcomes import StoreFailed, TakeReply
 from .steps import Ask, Effect, Give, LoadUser, Notify, Steps, Take
@@ -112,7 +112,7 @@ async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
 async def _aload_user(effect: LoadUser) -> None:
     request = effect.request
     user = vars(request).get("user")
-    if not isinstance(user, SimpleLazyObject) or user._wrapped is not empty:
+    if not isinstance(user, LazyObject) or user._wrapped is not empty:
         return
     if _is_djangos_own(user):
         # Once, and into request.user: a sync view then reads it without a query of its own more than without us.

@@ -78,7 +78,7 @@ class Finding:
 class Checked:
     """What came of checking some fields: normalised values of the good ones, findings about the others.
 
-    `given` are the names that were there, good or not.
+    `given` are the names that were there, good or not, and those that a misspelt one was meant to be.
     """
 
     values: Mapping[str, Any]
@@ -90,10 +90,13 @@ def check_fields(raw: Mapping[Any, object], rows: Mapping[str, Field]) -> Checke
     """Check each field by its row. Whether a field is missing, or contradicts another, `check_whole` says."""
     values: dict[str, Any] = {}
     findings: list[Finding] = []
+    meant: set[str] = set()
     for name, value in raw.items():
         row = rows.get(name) if isinstance(name, str) else None
         if row is None:
-            findings.append(Finding((name,), f"unknown field{did_you_mean(str(name), rows)}", at_key=True))
+            near = did_you_mean(str(name), rows)
+            findings.append(Finding((name,), f"unknown field{near}", at_key=True))
+            meant.update(row.name for row in rows.values() if near == f"; did you mean {row.name!r}?")
             continue
         try:
             values[name] = row.check(value)
@@ -103,7 +106,7 @@ def check_fields(raw: Mapping[Any, object], rows: Mapping[str, Field]) -> Checke
         if row.later:
             del values[name]
             findings.append(Finding((name,), _not_yet(name), at_key=True))
-    return Checked(values, tuple(findings), frozenset(name for name in raw if isinstance(name, str)))
+    return Checked(values, tuple(findings), frozenset(name for name in raw if isinstance(name, str)) | meant)
 
 
 def check_whole(own: Checked, base: Checked) -> tuple[dict[str, Any], list[Finding]]:

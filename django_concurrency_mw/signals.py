@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextvars import copy_context
 from typing import Any
 
 from django.dispatch import Signal
 
 logger = logging.getLogger("django_concurrency_mw")
-
-#: An event loop refers to its tasks weakly.
-_sending: set[asyncio.Task[Any]] = set()
 
 
 class RobustSignal(Signal):
@@ -23,17 +21,22 @@ class RobustSignal(Signal):
 
     def send_robust(self, sender: Any, **named: Any) -> list[tuple[Any, Any]]:
         """As Django's; but on an event loop, where that could not wait for asynchronous receivers and would keep the loop
-        waiting for the others, all are called from a task of their own, and the answer is empty."""
+        waiting for the others, a thread of the loop's executor sends it, and the answer is empty.
+
+        A task would be lost with its loop, as that of a sync server around an asynchronous stream.
+        """
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            pass
-        else:
-            if self.has_listeners(sender):
-                task = loop.create_task(self.asend_robust(sender, **named))
-                _sending.add(task)
-                task.add_done_callback(_sending.discard)
-            return []
+            return self._send_here(sender, named)
+        if self.has_listeners(sender):
+            try:
+                loop.run_in_executor(None, copy_context().run, self._send_here, sender, named)
+            except RuntimeError:  # that is closed already
+                return self._send_here(sender, named)
+        return []
+
+    def _send_here(self, sender: Any, named: dict[str, Any]) -> list[tuple[Any, Any]]:
         try:
             return super().send_robust(sender, **named)
         except Exception:  # not a receiver's: no loop to be had for the asynchronous ones, as in a process that exits

@@ -9,6 +9,7 @@ from typing import Final
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
+from ..exceptions import did_you_mean
 from .base import BackendConfig, BaseBackend, Holder
 
 __all__ = ["SHORT_NAMES", "BackendConfig", "BaseBackend", "Holder", "get_backend", "snapshot_all"]
@@ -41,6 +42,7 @@ def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:
             raise ImproperlyConfigured(
                 f"unknown backend {name!r}: CONCURRENCY_LIMIT['BACKENDS'] has {', '.join(map(repr, configs))}, and "
                 f"the kinds are {', '.join(map(repr, SHORT_NAMES))}, or a dotted path to a BaseBackend"
+                + did_you_mean(name, [*configs, *SHORT_NAMES])
             )
     identity = repr((config.backend, config.location, config.key_prefix, sorted(config.options.items(), key=repr)))
     found = _instances.get(identity)
@@ -66,7 +68,9 @@ def _load(config: BackendConfig) -> BaseBackend:
     try:
         loaded = import_string(SHORT_NAMES.get(config.backend, config.backend))
     except ImportError as error:
-        raise ImproperlyConfigured(f"{place}: {config.backend!r} cannot be loaded: {error}") from error
+        raise ImproperlyConfigured(
+            f"{place}: {config.backend!r} cannot be loaded: {error}{did_you_mean(config.backend, SHORT_NAMES)}"
+        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, BaseBackend)):
         raise ImproperlyConfigured(f"{place}: {config.backend!r} is not a subclass of BaseBackend")
     if not loaded.supports_semaphores:
@@ -74,4 +78,6 @@ def _load(config: BackendConfig) -> BaseBackend:
             f"{place}: {config.backend!r} does not support semaphores (supports_semaphores is False), so it cannot "
             "limit what is in flight; use 'memory' or another BaseBackend that does"
         )
+    if getattr(loaded, "__abstractmethods__", None):
+        raise ImproperlyConfigured(f"{place}: {config.backend!r} lacks {', '.join(sorted(loaded.__abstractmethods__))}")
     return loaded(config)
