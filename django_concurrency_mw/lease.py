@@ -6,6 +6,7 @@ back takes the slots out first (list.pop is atomic), so that two threads that en
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -52,13 +53,12 @@ class Held:
 class Lease:
     """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
 
-    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "closed", "fields", "results")
+    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "fields", "results")
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
-        self.closed = False
         #: (policy, limit, remaining) of each blocking policy that was asked, for the RateLimit header fields.
         self.fields: tuple[tuple[str, int, int], ...] = ()
         #: What each semaphore has said to this request; the first word stands.
@@ -76,25 +76,32 @@ class Lease:
         self._held += held
         keeper.watch(self, min(one.due for one in held))
 
-    def confirm(self, slots: Sequence[Slot]) -> None:
-        """These are held, the other expected ones are not."""
-        if len(slots) == len(self._held):
-            for held in self._held:
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
+        """Of what one take asked for, these are held and the others are not."""
+        for held in self._of(asked):
+            if any(slot is held.slot for slot in got):
                 held.confirmed = True
-            return
-        sure = {id(slot) for slot in slots}
-        for held in self._held:
-            held.confirmed = held.confirmed or id(held.slot) in sure
-        self._held[:] = [held for held in self._held if held.confirmed]
+            else:
+                self._strike(held)
         if not self._held:
             keeper.forget(self)
 
-    def doubt(self, error: Exception) -> None:
+    def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed: its slots may be held, so they are given back until the store answers or their lease ends."""
-        doubtful = [held for held in self._held if not held.confirmed]
-        self.confirm(())
-        if doubtful:
-            keeper.give_later(doubtful[0].store, [held.slot for held in doubtful], max(held.ends for held in doubtful))
+        doubtful = self._of(asked)
+        for held in doubtful:
+            self._strike(held)
+        if not self._held:
+            keeper.forget(self)
+        _give_later(doubtful)
+
+    def _of(self, slots: Sequence[Slot]) -> list[Held]:
+        return [held for held in list(self._held) if any(slot is held.slot for slot in slots)]
+
+    def _strike(self, held: Held) -> None:
+        # It is gone already where another thread ended the request meanwhile, and gave it back.
+        with contextlib.suppress(ValueError):
+            self._held.remove(held)
 
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: count what this process itself holds there, in the store and in its stead."""
@@ -111,10 +118,6 @@ class Lease:
 
     # -- giving back --------------------------------------------------------------------------------------------
 
-    def mark(self) -> int:
-        """A point to which `steps_to_give` can go back."""
-        return len(self._held)
-
     def release(self) -> None:
         """Give everything back from a thread (or an event loop, where the store's call is short). Never raises."""
         if self._held:
@@ -125,23 +128,26 @@ class Lease:
         if self._held:
             await arun(self.steps_to_give())
 
-    def close(self) -> None:
-        """The request has ended: nobody may add to this lease any more."""
-        self.closed = True
-
-    def steps_to_give(self, mark: int = 0) -> Steps[None]:
-        """Give back what was taken after the mark; all where none is given."""
-        taken = self._pop(mark)
+    def steps_to_give(self, token: str | None = None) -> Steps[None]:
+        """Give everything back, or what one acquisition took, by its token."""
+        groups = _by_store(self._pop(token))
         if not self._held:
             keeper.forget(self)
         if self._epoch is not keeper.epoch:
             return
-        for store, group in _by_store(taken):
+        while groups:
+            store, group = groups[0]
             slots = tuple(held.slot for held in group if not held.local)
-            reply: Sequence[bool] | StoreFailed = ()
-            if slots:
-                reply = yield from Give(store, slots)
-            yield from self._given(store, group, slots, reply)
+            try:
+                reply: Sequence[bool] | StoreFailed = ()
+                if slots:
+                    reply = yield from Give(store, slots)
+                yield from self._given(store, group, slots, reply)
+            except BaseException:  # cancelled half way: nobody has these slots any more but us
+                for _, rest in groups:
+                    _give_later(rest)
+                raise
+            del groups[0]
 
     def _given(
         self, store: Any, group: Sequence[Held], slots: Sequence[Slot], reply: Sequence[bool] | StoreFailed
@@ -149,7 +155,7 @@ class Lease:
         now = monotonic()
         if isinstance(reply, StoreFailed):
             logger.warning("a release failed, it will be tried again until its lease ends: %s", reply.error)
-            keeper.give_later(store, slots, max(held.ends for held in group))
+            _give_later(group)
             reply = [True] * len(slots)
         still = iter(reply)
         for held in group:
@@ -171,9 +177,17 @@ class Lease:
                     },
                 )
 
-    def _pop(self, mark: int) -> list[Held]:
-        taken = []
-        while len(self._held) > mark:
+    def _pop(self, token: str | None) -> list[Held]:
+        taken: list[Held] = []
+        if token is not None:
+            for held in [held for held in list(self._held) if held.slot.token == token]:
+                try:
+                    self._held.remove(held)
+                except ValueError:  # another thread gives back too
+                    continue
+                taken.append(held)
+            return taken
+        while self._held:
             try:
                 taken.append(self._held.pop())
             except IndexError:  # another thread gives back too
@@ -220,6 +234,12 @@ def _all_held() -> Iterator[Held]:
     for lease in keeper.live():
         if isinstance(lease, Lease):
             yield from list(lease._held)
+
+
+def _give_later(group: Sequence[Held]) -> None:
+    """Leave these to the keeper."""
+    for store, some in _by_store([held for held in group if not held.local]):
+        keeper.give_later(store, [held.slot for held in some], max(held.ends for held in some))
 
 
 def _by_store(taken: Sequence[Held]) -> list[tuple[Any, list[Held]]]:

@@ -23,14 +23,12 @@ from .lease import Lease
 def finish(lease: Lease, response: HttpResponseBase) -> None:
     """Give back now, or at the response's end; from a thread."""
     if not _bound(lease, response):
-        lease.close()
         lease.release()
 
 
 async def afinish(lease: Lease, response: HttpResponseBase) -> None:
     """Give back now, or at the response's end; on an event loop."""
     if not _bound(lease, response):
-        lease.close()
         await lease.arelease()
 
 
@@ -40,12 +38,14 @@ async def release_cancelled(lease: Lease) -> None:
     The hop queues in the request's own thread-sensitive context, so it runs when the view's thread is free. A second cancel
     ends the wait, not the hop.
     """
-    lease.close()
     if not lease:
         return
     task = asyncio.get_running_loop().create_task(_release_in_thread(lease))
     _releasing.add(task)
     task.add_done_callback(_releasing.discard)
+    # Where the loop ends, and this task with it, perhaps before its first step.
+    task.add_done_callback(lambda done: keeper.abandon(lease))
+    keeper.ready()
     await asyncio.shield(task)
 
 

@@ -58,12 +58,12 @@ def admit(
     if not asking:
         return None
     known, fresh = _known(lease, asking)
-    mark = lease.mark()
+    token = new_token()
     verdict = yield from _watched(
-        acquire(fresh, stores, lease, new_token(), request.path, config.on_backend_error, lease.release)
+        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, lease.release)
     )
     if verdict.rejected_by is not None:
-        yield from lease.steps_to_give(mark)
+        yield from lease.steps_to_give(token)
     if known:
         verdict = _with_known(verdict, asking, known, lease)
     request.concurrency = verdict.concurrency  # type: ignore[attr-defined]  # ours to set
@@ -92,14 +92,12 @@ def abort(request: HttpRequest) -> None:
     """The request ended without a response, where nothing can be awaited: SystemExit, KeyboardInterrupt, a closed
     coroutine, or an exception of the view."""
     lease = take_lease(request)
-    lease.close()
     lease.release()
 
 
 async def aabort(request: HttpRequest) -> None:
     """The request ended in an exception, on an event loop."""
     lease = take_lease(request)
-    lease.close()
     await lease.arelease()
 
 

@@ -64,11 +64,11 @@ class Ledger(Protocol):
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
         """These slots may be held from now on."""
 
-    def confirm(self, slots: Sequence[Slot]) -> None:
-        """These are held, the other expected ones of the same take are not."""
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
+        """Of what one take asked for, these are held and the others are not."""
 
-    def doubt(self, error: Exception) -> None:
-        """The take failed, so nobody knows whether the expected ones are held: they have to be given back all the same."""
+    def doubt(self, asked: Sequence[Slot]) -> None:
+        """The take failed, so nobody knows whether they are held: they have to be given back all the same."""
 
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: this process's own count decides. All of the slots or none; with the counts."""
@@ -156,8 +156,8 @@ def acquire(
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
         if isinstance(reply, StoreFailed):
-            lease.doubt(reply.error)
-            reason = _fail_over(store, group, slots, lease, account, on_error)
+            lease.doubt(slots)
+            reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
             reason = _settle(reply, group, slots, lease, account)
             fields += [
@@ -202,21 +202,27 @@ def _settle(
     reply: TakeReply, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account
 ) -> Reason | None:
     if isinstance(reply, Full):
-        lease.confirm(())
+        lease.confirm(slots, ())
         for entry, full, count in zip(group, reply.full, reply.in_flight, strict=True):
             if full:
                 account.full[entry.policy.name] = count
                 account.states[entry.policy.name] = ("over", count)
         return "full"
     assert isinstance(reply, Taken)
-    lease.confirm([slot for slot, held in zip(slots, reply.held, strict=True) if held])
+    lease.confirm(slots, [slot for slot, held in zip(slots, reply.held, strict=True) if held])
     for entry, held, count in zip(group, reply.held, reply.in_flight, strict=True):
         account.states[entry.policy.name] = ("held" if held else "over", count)
     return None
 
 
 def _fail_over(
-    store: Any, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account, on_error: OnError
+    store: Any,
+    group: Sequence[Asked],
+    slots: Sequence[Slot],
+    lease: Ledger,
+    account: _Account,
+    on_error: OnError,
+    fields: list[tuple[str, int, int]],
 ) -> Reason | None:
     """The store cannot say. Among the blocking policies deny beats local beats allow."""
     modes = {entry.policy.on_backend_error or on_error for entry in group if entry.policy.block}
@@ -236,6 +242,7 @@ def _fail_over(
     if local:
         held, counts = lease.stand_in(store, [entry.policy for entry, _ in local], [slot for _, slot in local])
         for (entry, slot), count in zip(local, counts, strict=True):
+            fields.append((entry.policy.name, slot.limit, max(0, slot.limit - count)))
             if held:
                 account.states[entry.policy.name] = ("local", count)
             elif count >= slot.limit:

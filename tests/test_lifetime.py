@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
@@ -9,10 +10,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync
+from asgiref.sync import SyncToAsync, sync_to_async
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
+from django.http import HttpRequest
 from django.test import Client, RequestFactory
+
+from django_concurrency_mw import conf
+from django_concurrency_mw.drivers import run
+from django_concurrency_mw.keyspec import parse_key
+from django_concurrency_mw.lifetime import release_cancelled
+from django_concurrency_mw.limiter import admit, take_lease
+from django_concurrency_mw.policies import Policy
 
 from .asgi_driver import Exchange, fetch
 from .support import (
@@ -381,4 +390,40 @@ def test_ten_thousand_requests_leave_nothing(limits: Limits) -> None:
         assert statuses == ["200 OK"], number
         body.close()
         switch.seen.clear()
+    assert nothing_held()
+
+
+def admitted(request: HttpRequest, name: str, limit: int) -> bool:
+    config = conf.current()
+    policy = Policy(name, parse_key("global"), limit)
+    return run(admit(request, [policy], {}, config)) is None
+
+
+def test_a_loop_that_ends_right_after_the_cancel_leaves_nothing(limits: Limits) -> None:
+    """The hop that was to give back waits behind the view's thread, and is cancelled with the loop."""
+    limits()
+    request = RequestFactory().get("/")
+    assert admitted(request, "one", 1)
+    in_the_view = threading.Event()
+
+    async def main() -> None:
+        view = asyncio.create_task(sync_to_async(in_the_view.wait)(10))
+        await asyncio.sleep(0.05)
+        task = asyncio.create_task(release_cancelled(take_lease(request)))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        assert not view.done()
+
+    run_async(main)
+    in_the_view.set()
+    assert wait_until(nothing_held, 2)
+
+
+def test_a_rejection_further_in_leaves_what_is_held_further_out(limits: Limits) -> None:
+    limits()
+    request = RequestFactory().get("/")
+    assert admitted(request, "outer", 1)
+    assert not admitted(request, "inner", 0)
+    assert held() == ["outer"]
+    take_lease(request).release()
     assert nothing_held()

@@ -102,10 +102,10 @@ class Shop:
         lease = Lease(RequestFactory().get("/")) if lease is None else lease
         self.leases.append(lease)
         stores = {"near": self.near, "far": self.far}
-        mark = lease.mark()
-        verdict: Verdict = self.drive(acquire(entries, stores, lease, new_token(), "/", on_error, lease.release))
+        token = new_token()
+        verdict: Verdict = self.drive(acquire(entries, stores, lease, token, "/", on_error, lease.release))
         if verdict.rejected_by is not None:
-            self.drive(lease.steps_to_give(mark))
+            self.drive(lease.steps_to_give(token))
         return verdict
 
     def held(self) -> list[str]:
@@ -289,9 +289,11 @@ class TestTheStoreFails:
         lease = Lease(RequestFactory().get("/"))
         assert states(shop.ask(asked("a", 2), lease=lease)) == [("a", "local", 1)]
         assert states(shop.ask(asked("a", 2))) == [("a", "local", 2)]
-        rejection = shop.ask(asked("a", 2)).concurrency.rejection
+        verdict = shop.ask(asked("a", 2))
+        rejection = verdict.concurrency.rejection
         assert rejection is not None
         assert (rejection.reason, rejection.in_flight, rejection.status) == ("full", 2, 429)
+        assert verdict.fields == (("a", 2, 0),)
         assert states(shop.ask(asked("a", 2, key="other"))) == [("a", "local", 1)]
         shop.end(lease)
         assert states(shop.ask(asked("a", 2))) == [("a", "local", 2)]
@@ -336,6 +338,58 @@ class TestTheStoreFails:
         assert shop.held() == ["a"]
         self.settle(shop)
         assert shop.held() == []
+
+
+class TestTwoStoresAndACancel:
+    """A request that holds slots of two stores is cancelled while it gives the first ones back."""
+
+    class Endless(MemoryBackend):
+        """Its releases never answer."""
+
+        async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
+            await asyncio.Event().wait()
+            return ()
+
+    def test_gives_all_of_them_back_all_the_same(self) -> None:
+        stores = {name: self.Endless(BackendConfig(name, "memory")) for name in ("near", "far")}
+        entries = [asked("a", backend="near"), asked("b", backend="far")]
+
+        async def main() -> None:
+            lease = Lease()
+            await drivers.arun(acquire(entries, stores, lease, new_token(), "/", "local", lease.release))
+            releasing = asyncio.create_task(lease.arelease())
+            await asyncio.sleep(0.01)
+            releasing.cancel()
+            await asyncio.wait([releasing])
+
+        asyncio.run(main())
+        keeper._retry(0)
+        assert [list(store.snapshot()) for store in stores.values()] == [[], []]
+
+    def test_two_acquisitions_of_one_request_at_once_do_not_meet(self) -> None:
+        """One is rejected and given back while the other one waits for its answer."""
+
+        class Slow(MemoryBackend):
+            async def atake(self, slots: Sequence[Slot]) -> TakeReply:
+                await asyncio.sleep(0.01 if slots[0].policy == "slow" else 0)
+                return self.take(slots)
+
+        store = Slow(BackendConfig("near", "memory"))
+        lease = Lease()
+
+        async def ask(entry: Asked) -> None:
+            token = new_token()
+            verdict = await drivers.arun(acquire([entry], {"near": store}, lease, token, "/", "local", lease.release))
+            if verdict.rejected_by is not None:
+                await drivers.arun(lease.steps_to_give(token))
+
+        async def main() -> None:
+            await asyncio.gather(ask(asked("slow")), ask(asked("full", 0)))
+
+        asyncio.run(main())
+        assert [holder.policy for holder in store.snapshot()] == ["slow"]
+        lease.release()
+        assert store.snapshot() == []
 
 
 class TestCancel:
