@@ -26,6 +26,10 @@ LONGEST_HOP = 128
 IPV6_PREFIX = 64
 
 
+#: Characters of a Forwarded header that are looked at, from its end.
+LONGEST_HEADER = 16_384
+
+
 @dataclass(frozen=True, slots=True)
 class TrustedProxies:
     """The proxies whose word is taken: networks, and whether the peer of a unix socket is one of them."""
@@ -52,7 +56,7 @@ def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -
     `header` is the META key of the forwarding header (`HTTP_X_FORWARDED_FOR`).
     """
     peer = request.META.get("REMOTE_ADDR") or ""
-    here = parse_address(peer)
+    here = _parse(peer)
     if here is None:
         # A unix socket has no address: gunicorn says '', uvicorn leaves it out.
         if peer or not trusted.unix:
@@ -60,8 +64,7 @@ def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -
     elif not trusted.trust(here):
         return bucket(here)
     for entry in _hops(request.META.get(header) or "", header):
-        # What is longer must not reach parse_address, which remembers its arguments.
-        hop = parse_address(entry) if len(entry) <= LONGEST_HOP else None
+        hop = _parse(entry)
         if hop is None:
             break
         here = hop
@@ -75,6 +78,11 @@ def bucket(address: Address) -> str:
     if address.version == 4:
         return str(address)
     return str(IPv6Network((int(address), IPV6_PREFIX), strict=False))
+
+
+def _parse(text: str) -> Address | None:
+    # What is longer is no address, and must not reach a function that remembers its arguments.
+    return parse_address(text) if len(text) <= LONGEST_HOP else None
 
 
 @lru_cache(maxsize=1024)
@@ -98,16 +106,29 @@ def parse_address(text: str) -> Address | None:
 
 def _hops(value: str, header: str) -> Iterator[str]:
     """The hops of a forwarding header, nearest first; several header lines arrive joined by commas."""
-    entries = value.rsplit(",", MOST_HOPS)
-    if len(entries) > MOST_HOPS:
-        del entries[0]
-    for entry in reversed(entries):
-        yield _forwarded_for(entry) if header == "HTTP_FORWARDED" else entry
+    forwarded = header == "HTTP_FORWARDED"
+    # In Forwarded a comma may stand inside a quoted value, which a client may have chosen (`host`).
+    entries = _split(value[-LONGEST_HEADER:], ",") if forwarded else value.rsplit(",", MOST_HOPS)
+    for entry in reversed(entries[-MOST_HOPS:]):
+        yield _forwarded_for(entry) if forwarded else entry
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a list whose values may be quoted: a separator inside quotes parts nothing."""
+    parts = [""]
+    for number, piece in enumerate(text.split('"')):
+        if number % 2:
+            parts[-1] += f'"{piece}"'
+        else:
+            first, *rest = piece.split(separator)
+            parts[-1] += first
+            parts += rest
+    return parts
 
 
 def _forwarded_for(element: str) -> str:
     """The `for` parameter of one RFC 7239 element; '' where it has none."""
-    for pair in element.split(";"):
+    for pair in _split(element, ";"):
         name, _, value = pair.partition("=")
         if name.strip().lower() == "for":
             return value.strip()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from asgiref.sync import iscoroutinefunction
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
 from . import conf
 from .drivers import arun, run
@@ -26,10 +27,12 @@ from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
 from .fields import override
 from .keeper import keeper
 from .keyspec import parse_key
+from .lease import Lease
 from .lifetime import afinish, finish, release_cancelled
-from .limiter import LEASE, MARK, aabort, abort, admit, conclude, lease_of, take_lease
+from .limiter import MARK, admit, conclude, join, leave
 from .outcomes import NOT_LIMITED
 from .policies import Policy
+from .steps import Steps
 
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -185,20 +188,21 @@ class _Guard:
         if turn is None:
             return self._view(*args, **kwargs)
         config, policy = turn
-        owns = _own(request)
+        lease, shares = join(request)
         try:
-            response = run(admit(request, (policy,), _url_kwargs(request, kwargs), config))
+            response = run(admit(request, lease, (policy,), _url_kwargs(request, kwargs), config))
             if response is None:
                 response = self._view(*args, **kwargs)
             if isawaitable(response):
                 self._awaited = True
-                return _later(request, config, response) if owns else response
+                return _later(request, lease, response) if shares else response
         except BaseException:
-            if owns:
-                abort(request)
+            if shares and leave(request, lease):
+                lease.release()
             raise
-        if owns:
-            finish(conclude(request, response, config), response)
+        if shares and leave(request, lease):
+            conclude(request, response, lease)
+            finish(lease, response)
         return response
 
     async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,13 +212,14 @@ class _Guard:
         if turn is None:
             return await _awaited(self._view(*args, **kwargs))
         config, policy = turn
-        answer = self._answer(request, policy, config, args, kwargs)
-        return await (_to_its_end(request, config, answer) if _own(request) else answer)
+        lease, shares = join(request)
+        answer = self._answer(admit(request, lease, (policy,), _url_kwargs(request, kwargs), config), args, kwargs)
+        return await (_to_its_end(request, lease, answer) if shares else answer)
 
     async def _answer(
-        self, request: HttpRequest, policy: Policy, config: conf.Config, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, admission: Steps[HttpResponseBase | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        response = await arun(admit(request, (policy,), _url_kwargs(request, kwargs), config))
+        response = await arun(admission)
         return await _awaited(self._view(*args, **kwargs)) if response is None else response
 
     def _is_awaited(self, instance: object | None) -> bool:
@@ -248,45 +253,42 @@ class _Guard:
         return self._name
 
 
-async def _to_its_end(request: HttpRequest, config: conf.Config, answer: Awaitable[Any]) -> Any:
-    """The answer, and the end of the request's lease with it."""
+async def _to_its_end(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Any:
+    """The answer, and the end of the request's lease with it, if nobody else shares in it any more."""
     try:
         response = await answer
     except asyncio.CancelledError:
-        await release_cancelled(take_lease(request))
+        if leave(request, lease):
+            await release_cancelled(lease)
         raise
     except Exception:
-        await aabort(request)
+        if leave(request, lease):
+            await lease.arelease()
         raise
     except BaseException:  # GeneratorExit and the like: nothing may be awaited any more
-        abort(request)
+        if leave(request, lease):
+            lease.release()
         raise
-    await afinish(conclude(request, response, config), response)
+    if leave(request, lease):
+        conclude(request, response, lease)
+        await afinish(lease, response)
     return response
 
 
-def _later(request: HttpRequest, config: conf.Config, answer: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
+def _later(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
     """What a plain function returned is still to be awaited: the lease ends with that, or if nobody ever awaits it."""
     nobody: list[weakref.finalize[Any, Any]] = []
 
     async def awaited() -> Any:
         nobody[0].detach()
-        return await _to_its_end(request, config, answer)
+        return await _to_its_end(request, lease, answer)
 
     coroutine = awaited()
     # A coroutine that is never started runs none of its own code, its `except` clauses included.
-    nobody.append(weakref.finalize(coroutine, keeper.abandon, lease_of(request)))
+    nobody.append(weakref.finalize(coroutine, keeper.abandon, lease))
     nobody[0].atexit = False
     keeper.ready()
     return coroutine
-
-
-def _own(request: HttpRequest) -> bool:
-    """Does this decorator own the request's lease? Not where the middleware, or a decorator further out, does."""
-    if LEASE in vars(request):
-        return False
-    setattr(request, LEASE, None)
-    return True
 
 
 def _request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[HttpRequest, object | None]:

@@ -24,6 +24,10 @@ logger = logging.getLogger("django_concurrency_mw")
 
 #: Seconds between two tries to give back what could not be given back.
 RETRY_EVERY = 0.25
+#: Seconds that a process's exit may be held up for slots that cannot be given back.
+FLUSH_FOR = 2.0
+#: Slots of one store that are given back by one call.
+RETRY_AT_ONCE = 500
 _FOREVER = float("inf")
 
 
@@ -90,7 +94,7 @@ class Keeper:
 
     def ready(self) -> None:
         """Make sure that the thread runs, for whoever will call `abandon` from where no thread can be started."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._start()
 
     def give_later(self, store: Any, slots: Sequence[Slot], until: float) -> None:
@@ -99,8 +103,12 @@ class Keeper:
         self._wake_at(monotonic() + RETRY_EVERY)
 
     def flush(self) -> None:
-        """Give back all that this process still holds; at its exit."""
+        """Give back all that this process still holds, at its exit; for FLUSH_FOR seconds at most."""
+        end = monotonic() + FLUSH_FOR
         for lease in self.live():
+            if monotonic() > end:
+                logger.warning("not all slots could be given back at exit; they end with their leases")
+                return
             try:
                 lease.release()
             except Exception:
@@ -117,7 +125,7 @@ class Keeper:
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._run, args=(self._inbox,), name="concurrency-keeper", daemon=True)
                 thread.start()
                 self._thread = thread
@@ -135,27 +143,39 @@ class Keeper:
                 now = monotonic()
                 if now >= self._wakes_at:
                     self._look(now)
-            except Exception:
+            except BaseException:  # whatever a store raises: without this thread no lease is renewed any more
                 logger.exception("the keeper goes on after an error")
 
     def _look(self, now: float) -> None:
         self._wakes_at = _FOREVER
-        self._retry(now)
-        due = now + RETRY_EVERY if self._owed else _FOREVER
+        due = _FOREVER
+        # Renewals first: a store that is away must not let the leases of the others lapse.
         for lease in self.live():
-            due = min(due, lease.renew(now))
-        if due < self._wakes_at:
-            self._wakes_at = due
+            try:
+                due = min(due, lease.renew(now))
+            except BaseException:
+                due = min(due, now + RETRY_EVERY)
+                logger.exception("a lease could not be renewed, it will be tried again")
+        self._retry(now)
+        if self._owed:
+            due = min(due, monotonic() + RETRY_EVERY)
+        self._wakes_at = min(self._wakes_at, due)
 
     def _retry(self, now: float) -> None:
+        """Give back what is owed, in few calls; a store that fails is not asked again before the next time."""
+        by_store: dict[int, list[_Owed]] = {}
         for _ in range(len(self._owed)):
             debt = self._owed.popleft()
-            if debt.until <= now:
-                continue
-            try:
-                debt.store.give(debt.slots)
-            except Exception:
-                self._owed.append(debt)
+            if debt.until > now:
+                by_store.setdefault(id(debt.store), []).append(debt)
+        for debts in by_store.values():
+            while debts:
+                some, debts = debts[:RETRY_AT_ONCE], debts[RETRY_AT_ONCE:]
+                try:
+                    some[0].store.give(tuple(slot for debt in some for slot in debt.slots))
+                except Exception:
+                    self._owed.extend(some + debts)
+                    break
 
 
 keeper = Keeper()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +37,24 @@ NEVER = float("inf")
 _counting = threading.Lock()
 
 
+def _forked() -> None:
+    global _counting
+    _counting = threading.Lock()  # a thread that is not in the child may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Held:
     """One slot in a lease. Times are monotonic seconds; `local`: counted by this process alone, its store having failed."""
 
-    __slots__ = ("confirmed", "due", "ends", "local", "policy", "since", "slot", "store")
+    __slots__ = ("announced", "confirmed", "due", "ends", "local", "policy", "since", "slot", "store")
 
     def __init__(self, store: Any, policy: Policy, slot: Slot, local: bool = False) -> None:
         self.store, self.policy, self.slot, self.local = store, policy, slot, local
         self.confirmed = local
+        #: `slot_acquired` was sent, so `slot_released` will be.
+        self.announced = False
         self.since = monotonic()
         self.ends = self.since + slot.ttl
         #: When its lease wants to be renewed.
@@ -53,12 +64,14 @@ class Held:
 class Lease:
     """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
 
-    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "fields", "results")
+    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "fields", "results", "sharers")
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
+        #: Decorators that share in owning it; 0 where a middleware does.
+        self.sharers = 0
         #: (policy, limit, remaining) of each blocking policy that was asked, for the RateLimit header fields.
         self.fields: tuple[tuple[str, int, int], ...] = ()
         #: What each semaphore has said to this request; the first word stands.
@@ -108,7 +121,7 @@ class Lease:
         with _counting:
             counts = {slot.semaphore: 0 for slot in slots}
             for held in _all_held():
-                if held.store is store and held.slot.semaphore in counts:
+                if held.confirmed and held.store is store and held.slot.semaphore in counts:
                     counts[held.slot.semaphore] += 1
             if any(counts[slot.semaphore] >= slot.limit for slot in slots):
                 return False, tuple(counts[slot.semaphore] for slot in slots)
@@ -128,9 +141,16 @@ class Lease:
         if self._held:
             await arun(self.steps_to_give())
 
+    def announce(self, token: str) -> None:
+        """What this acquisition holds is told of, now and when it is given back."""
+        for held in list(self._held):
+            held.announced = held.announced or held.slot.token == token
+
     def steps_to_give(self, token: str | None = None) -> Steps[None]:
         """Give everything back, or what one acquisition took, by its token."""
         groups = _by_store(self._pop(token))
+        if token is None:
+            self.results.clear()
         if not self._held:
             keeper.forget(self)
         if self._epoch is not keeper.epoch:
@@ -164,7 +184,7 @@ class Lease:
                 continue
             if not was_held:
                 _warn_late(held.policy, now - held.since)
-            if signals.slot_released.has_listeners(Policy):
+            if held.announced and signals.slot_released.has_listeners(Policy):
                 yield from Notify(
                     signals.slot_released,
                     {
@@ -207,17 +227,21 @@ class Lease:
         wanted = []
         for held in group:
             last = NEVER if held.policy.max_age is None else held.since + held.policy.max_age
-            if held.ends >= last:
+            if held.ends < last:
+                wanted.append((held, min(held.policy.ttl, last - now)))
+            elif now < last:  # its lease ends then as it stands
+                held.due = last
+            else:
                 held.due = NEVER
                 _warn_max_age(held.policy.name, held.policy.max_age)
-            else:
-                wanted.append((held, min(held.policy.ttl, last - now)))
         if not wanted:
             return
         try:
-            reply = store.renew([(held.slot, seconds) for held, seconds in wanted])
+            reply = tuple(store.renew([(held.slot, seconds) for held, seconds in wanted]))
+            if len(reply) != len(wanted):
+                raise ValueError(f"{len(reply)} answers to {len(wanted)} renewals")
         except Exception as error:
-            logger.warning("a renewal failed, it will be tried again: %s", error)
+            logger.warning("a renewal failed, it will be tried again: %r", error)
             for held, _ in wanted:
                 held.due = now + min(RENEW_AGAIN, held.policy.ttl * RENEW_AFTER / 2)
             return

@@ -33,13 +33,11 @@ async def afinish(lease: Lease, response: HttpResponseBase) -> None:
 
 
 async def release_cancelled(lease: Lease) -> None:
-    """The task was cancelled, but a sync view may still run in its thread: give back behind it.
+    """The task was cancelled, but a sync view may still run in its thread: give back behind it, what it may yet take too.
 
     The hop queues in the request's own thread-sensitive context, so it runs when the view's thread is free. A second cancel
     ends the wait, not the hop.
     """
-    if not lease:
-        return
     task = asyncio.get_running_loop().create_task(_release_in_thread(lease))
     _releasing.add(task)
     task.add_done_callback(_releasing.discard)

@@ -6,6 +6,7 @@ One generator for both halves: which policies apply, what their keys are, the ta
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from django.http.response import HttpResponseBase
 
-from . import rejection, signals
+from . import conf, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
 from .keys import Resolver
 from .lease import Lease
-from .outcomes import Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, TakeReply, Verdict
+from .outcomes import NOT_LIMITED, Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, TakeReply, Verdict
 from .policies import Policy
 from .steps import Notify, Steps, Take, acquire
 from .tokens import new_token
@@ -31,29 +32,89 @@ logger = logging.getLogger("django_concurrency_mw")
 #: Where a request keeps its lease. The middleware puts None there first; where the name is absent, nobody owns a lease yet.
 LEASE = "_concurrency_lease"
 
+#: On a request whose middleware has ended it.
+_ENDED = "_concurrency_ended"
+_ABSENT: Any = object()
+
 #: On a view: the table's overridable policies are left to its decorator, or out.
 MARK = "_concurrency_limit_marked"
 
 
-def lease_of(request: HttpRequest) -> Lease:
-    """The request's lease, made on first use."""
-    lease: Lease | None = vars(request).get(LEASE)
-    if lease is None:
-        lease = Lease(request)
-        setattr(request, LEASE, lease)
+def begin(request: HttpRequest) -> None:
+    """The middleware owns whatever lease this request comes to have."""
+    request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
+    setattr(request, LEASE, None)
+
+
+def join(request: HttpRequest) -> tuple[Lease, bool]:
+    """The request's lease, and whether the caller shares in owning it: where no middleware does, the last one out of those
+    who joined ends it (see `leave`). They may be nested, or beside each other on an event loop."""
+    own = vars(request)
+    lease: Lease | None = own.get(LEASE, _ABSENT)
+    if lease is None:  # the middleware's, and the first to be needed
+        lease = own[LEASE] = Lease(request)
+        if not own.get(_ENDED) or own.pop(LEASE, None) is None:
+            return lease, False
+        # The middleware was cancelled at this very moment, and did not see the lease.
+        lease.sharers = 1
+        return lease, True
+    if lease is _ABSENT:
+        lease = own[LEASE] = Lease(request)
+        lease.sharers = 1
+        return lease, True
+    lease.sharers += lease.sharers > 0
+    return lease, lease.sharers > 0
+
+
+def leave(request: HttpRequest, lease: Lease) -> bool:
+    """Does the caller, who shares in owning the lease, have to end it now? Then the request has none any more."""
+    lease.sharers -= 1
+    if lease.sharers:
+        return False
+    if vars(request).get(LEASE) is lease:
+        del vars(request)[LEASE]
+    return True
+
+
+def end(request: HttpRequest) -> Lease | None:
+    """The middleware's request is over: the lease that it has to end, None where nothing was taken."""
+    own = vars(request)
+    own[_ENDED] = True  # before the lease is looked for: a thread that still runs a view may just make one
+    lease: Lease | None = own.pop(LEASE, None)
     return lease
 
 
+def policies_of(request: HttpRequest, view: Any, config: Config) -> tuple[Policy, ...]:
+    """The table's policies for this view, without those that a mark on the view replaces."""
+    match = request.resolver_match
+    if not config.enabled or match is None:
+        return ()
+    policies = config.table.match(match.view_name, request.method or "")
+    if policies and getattr(view, MARK, False):
+        return tuple(policy for policy in policies if not policy.overridable)
+    return policies
+
+
 def admit(
-    request: HttpRequest, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
+    request: HttpRequest, lease: Lease, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
 ) -> Steps[HttpResponseBase | None]:
-    """Take a slot of each policy that applies, into the request's lease. None, or the answer that turns the request away.
+    """Take a slot of each policy that applies, into the lease. None, or the answer that turns the request away.
 
     `kwargs` are the view's. Raises what the project's callables raise, and ImproperlyConfigured for a store that cannot
     limit; whoever owns the lease gives back then.
     """
+    verdict = yield from decide(request, lease, policies, kwargs, config)
+    if verdict is None or verdict.rejected_by is None:
+        return None
+    # What this request asked further out, in the middleware or in another decorator, belongs to the lists too.
+    return (yield from rejection.respond(request, verdict, lease.fields + verdict.fields, config.headers))
+
+
+def decide(
+    request: HttpRequest, lease: Lease, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
+) -> Steps[Verdict | None]:
+    """`admit` without an answer, for those who have their own. None where no policy applies."""
     stores = {policy.backend: store_of(policy, config) for policy in policies}
-    lease = lease_of(request)
     asking = yield from Resolver(request, kwargs, config.trusted, config.client_header).resolve(policies)
     if not asking:
         return None
@@ -67,38 +128,21 @@ def admit(
     if known:
         verdict = _with_known(verdict, asking, known, lease)
     request.concurrency = verdict.concurrency  # type: ignore[attr-defined]  # ours to set
+    if verdict.rejected_by is None:
+        _remember(lease, fresh, verdict)
+        lease.announce(token)
     yield from _announce(request, fresh, verdict)
-    if verdict.rejected_by is not None:
-        # What this request asked further out, in the middleware or in another decorator, belongs to the lists too.
-        return (yield from rejection.respond(request, verdict, lease.fields + verdict.fields, config.headers))
-    _remember(lease, fresh, verdict)
-    return None
+    return verdict
 
 
-def take_lease(request: HttpRequest) -> Lease:
-    """The request's lease, for its owner to end; an empty one where nothing was taken."""
-    return vars(request).pop(LEASE, None) or Lease()
-
-
-def conclude(request: HttpRequest, response: HttpResponseBase, config: Config) -> Lease:
-    """The request has its response: the lease to bind to it. Adds the RateLimit fields where HEADERS says `always`."""
-    lease = take_lease(request)
-    if lease.fields and config.headers == "always":
-        rejection.add_fields_where_private(request, response, lease.fields)
-    return lease
-
-
-def abort(request: HttpRequest) -> None:
-    """The request ended without a response, where nothing can be awaited: SystemExit, KeyboardInterrupt, a closed
-    coroutine, or an exception of the view."""
-    lease = take_lease(request)
-    lease.release()
-
-
-async def aabort(request: HttpRequest) -> None:
-    """The request ended in an exception, on an event loop."""
-    lease = take_lease(request)
-    await lease.arelease()
+def conclude(request: HttpRequest, response: object, lease: Lease) -> None:
+    """The request has its response: adds the RateLimit fields where HEADERS says `always`. Gives back if it cannot."""
+    try:
+        if lease.fields and isinstance(response, HttpResponseBase) and conf.current().headers == "always":
+            rejection.add_fields_where_private(request, response, lease.fields)
+    except BaseException:
+        lease.release()
+        raise
 
 
 def store_of(policy: Policy, config: Config) -> BaseBackend:
@@ -112,6 +156,14 @@ def store_of(policy: Policy, config: Config) -> BaseBackend:
 #: The stores whose last take failed.
 _failing: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
 _noting = threading.Lock()
+
+
+def _forked() -> None:
+    global _noting
+    _noting = threading.Lock()  # a thread that is not in the child may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
@@ -161,8 +213,8 @@ def _known(lease: Lease, asking: Sequence[Asked | KeyMissing]) -> tuple[Known, l
     fresh: list[Asked | KeyMissing] = []
     for entry in asking:
         result = lease.results.get((entry.policy.name, entry.key.digest)) if isinstance(entry, Asked) else None
-        if result is None:
-            fresh.append(entry)
+        if result is None or (entry.policy.block and result.state not in ("held", "local")):
+            fresh.append(entry)  # what a shadow policy let pass is no slot
         else:
             known[entry.policy.name] = result
     return known, fresh

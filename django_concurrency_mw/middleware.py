@@ -12,9 +12,7 @@ from django.http.response import HttpResponseBase
 from . import conf
 from .drivers import arun, run
 from .lifetime import afinish, finish, release_cancelled
-from .limiter import LEASE, MARK, abort, admit, conclude, take_lease
-from .outcomes import NOT_LIMITED
-from .policies import Policy
+from .limiter import admit, begin, conclude, end, join, policies_of
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -43,56 +41,54 @@ class ConcurrencyLimitMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
         if self.is_async:
             return self.__acall__(request)
-        _begin(request)
+        begin(request)
         try:
             response: HttpResponseBase = self.get_response(request)
         except BaseException:
-            abort(request)
+            _abort(request)
             raise
-        if vars(request).get(LEASE) is not None:
-            finish(conclude(request, response, conf.current()), response)
+        lease = end(request)
+        if lease is not None:
+            conclude(request, response, lease)
+            finish(lease, response)
         return response
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
-        _begin(request)
+        begin(request)
         try:
             response: HttpResponseBase = await self.get_response(request)
         except asyncio.CancelledError:
-            await release_cancelled(take_lease(request))
+            lease = end(request)
+            if lease is not None:
+                await release_cancelled(lease)
             raise
         except BaseException:
-            abort(request)
+            _abort(request)
             raise
-        if vars(request).get(LEASE) is not None:
-            await afinish(conclude(request, response, conf.current()), response)
+        lease = end(request)
+        if lease is not None:
+            conclude(request, response, lease)
+            await afinish(lease, response)
         return response
 
     def sync_process_view(
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
-        policies = _policies(request, view, config)
-        return run(admit(request, policies, kwargs, config)) if policies else None
+        policies = policies_of(request, view, config)
+        return run(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
 
     async def aprocess_view(
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
-        policies = _policies(request, view, config)
-        return await arun(admit(request, policies, kwargs, config)) if policies else None
+        policies = policies_of(request, view, config)
+        return await arun(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
 
 
-def _begin(request: HttpRequest) -> None:
-    request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
-    setattr(request, LEASE, None)  # a lease that is made from here on is ours to give back
-
-
-def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Config) -> tuple[Policy, ...]:
-    """The table's policies for this view, without those that a mark on the view replaces."""
-    match = request.resolver_match
-    if not config.enabled or match is None:
-        return ()
-    policies = config.table.match(match.view_name, request.method or "")
-    if policies and getattr(view, MARK, False):
-        return tuple(policy for policy in policies if not policy.overridable)
-    return policies
+def _abort(request: HttpRequest) -> None:
+    """What ended the request is nothing that Django turns into a response: SystemExit, KeyboardInterrupt, a closed
+    coroutine. Nothing can be awaited here."""
+    lease = end(request)
+    if lease is not None:
+        lease.release()

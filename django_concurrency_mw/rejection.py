@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +146,10 @@ def _preferred(request: HttpRequest) -> str:
     """Which of ours the client would rather have; the first where it says nothing of use."""
     if len(request.META.get("HTTP_ACCEPT", "")) > LONGEST_ACCEPT:
         return PROBLEM
-    return request.get_preferred_type(MEDIA_TYPES) or PROBLEM
+    try:
+        return request.get_preferred_type(MEDIA_TYPES) or PROBLEM
+    except (LookupError, ValueError):  # a parameter in a charset that does not exist, or that cannot be decoded
+        return PROBLEM
 
 
 def texts(rejection: Rejection) -> tuple[str, str]:
@@ -193,6 +197,10 @@ class _Sampled:
     """One line per policy and reason at most every LOG_EVERY seconds, with the number that it stands for."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: a thread that is not in it may have held the lock."""
         self._lock = threading.Lock()
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
@@ -209,6 +217,7 @@ class _Sampled:
 
 
 _sampled = _Sampled()
+os.register_at_fork(after_in_child=_sampled.forget)
 
 
 def log(policy: Policy, key: str, reason: str) -> None:

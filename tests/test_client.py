@@ -72,6 +72,9 @@ def test_the_address(peer: str | None, forwarded: str | None, trusted: str, expe
         ('For="[2001:db8:1:2::7]:4711";proto=https', "2001:db8:1:2::/64"),
         ("for=1.2.3.4, for=198.51.100.7;by=10.0.0.9", "198.51.100.7"),
         ("proto=https", "10.0.0.1"),
+        # a comma or a semicolon inside quotes parts nothing: a client may choose what stands in there
+        ('for=198.51.100.7;host="x, for=203.0.113.66"', "198.51.100.7"),
+        ('for=198.51.100.7;host="x;for=203.0.113.66"', "198.51.100.7"),
         ("for=unknown", "10.0.0.1"),
         ("for=_secret", "10.0.0.1"),
     ],
@@ -90,6 +93,13 @@ def test_a_header_without_end_is_not_walked_to_its_end() -> None:
     forwarded = ",".join(f"10.{n // 65536}.{n // 256 % 256}.{n % 256}" for n in range(100_000))
     assert address("10.0.0.1", forwarded, "10.0.0.0/8") is not None
     assert parse_address.cache_info().misses < 100
+
+
+def test_a_peer_of_any_length_takes_no_memory() -> None:
+    parse_address.cache_clear()
+    for number in range(10):
+        assert address(f"{number}" * 60_000) is None
+    assert parse_address.cache_info().currsize == 0
 
 
 @given(st.text(max_size=200), st.text(max_size=200))

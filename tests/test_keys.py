@@ -974,7 +974,7 @@ def test_an_address_of_any_length_takes_no_memory() -> None:
             (asked,) = run(Resolver(request, {}, trusted, header).resolve([policy]))
             assert isinstance(asked, Asked)
             assert asked.key.text == "ip:10.0.0.1"
-    assert parse_address.cache_info().currsize == 1
+    assert parse_address.cache_info().currsize <= 2  # the peer, and the nothing that a cut-off element names
     assert MOST_HOPS <= 64
 
 

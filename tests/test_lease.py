@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 import pytest
@@ -64,7 +66,9 @@ def policy(name: str = "p", **fields: Any) -> Policy:
 def take(store: MemoryBackend, policy: Policy, into: Lease | None = None) -> Lease:
     held = Lease(RequestFactory().get("/")) if into is None else into
     entry = Asked(policy, make_key("k"), policy.max_concurrent)
-    drivers.run(acquire([entry], {"store": store}, held, new_token(), "/", "local", held.release))
+    token = new_token()
+    drivers.run(acquire([entry], {"store": store}, held, token, "/", "local", held.release))
+    held.announce(token)
     return held
 
 
@@ -163,6 +167,64 @@ class TestMaxAge:
     def test_a_max_age_below_the_ttl_is_the_lease(self, store: Counting) -> None:
         held = take(store, policy(ttl=60, max_age=2))
         assert store.snapshot()[0].lease_left == pytest.approx(2, abs=0.5)
+        held.release()
+
+    def test_a_lease_as_long_as_max_age_is_warned_of_only_when_it_is_over(
+        self, store: Counting, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """`ttl: 1h` makes max_age as long by default; a request of 20 minutes is no reason to warn."""
+        held = take(store, policy(ttl=3600, max_age=3600))
+        start = held._held[0].since
+        assert held.renew(start + 1200) == pytest.approx(start + 3600)
+        assert caplog.records == []
+        assert held.renew(start + 3600) == lease.NEVER
+        assert "max_age" in caplog.text
+        held.release()
+
+
+class TestARenewalThatGoesWrong:
+    """One store's fault must not let the leases of others lapse."""
+
+    @pytest.mark.parametrize("answer", [None, [], [True, True]])
+    def test_an_answer_that_does_not_fit(self, store: Counting, answer: Any) -> None:
+        held = take(store, policy())
+        store.renew = lambda slots: answer  # type: ignore[method-assign]  # a third-party store with a fault
+        start = held._held[0].since
+        assert start + 20 < held.renew(start + 20) <= start + 21
+        held.release()
+
+    @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, RuntimeError])
+    def test_whatever_it_raises_the_others_are_renewed(self, error: type[BaseException]) -> None:
+        class Bad(Counting):
+            def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+                raise error
+
+        good, bad = Counting(), Bad()
+        leases = [take(bad, policy(ttl=0.3)), take(good, policy(ttl=0.3)), take(bad, policy(ttl=0.3))]
+        assert wait_until(lambda: len(good.renewals) >= 8)
+        assert len(good.snapshot()) == 1
+        for held in leases:
+            held.release()
+
+    def test_a_store_that_is_away_does_not_hold_up_the_others(self) -> None:
+        """Hundreds of releases are owed to a store that answers each call after a time-out."""
+
+        class Away(Counting):
+            asked = 0
+
+            def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+                self.asked += 1
+                threading.Event().wait(0.1)
+                raise BackendError("away")
+
+        away, good = Away(), Counting()
+        slots = [Slot("p", make_key(str(number)), 1, 60.0, str(number)) for number in range(300)]
+        for slot in slots:
+            keeper.give_later(away, [slot], monotonic() + 3)
+        held = take(good, policy(ttl=1))
+        assert wait_until(lambda: len(good.renewals) >= 4)
+        assert len(good.snapshot()) == 1
+        assert away.asked < 30, "asked again and again although it is away"
         held.release()
 
 

@@ -19,8 +19,9 @@ from django.test import Client, RequestFactory
 from django_concurrency_mw import conf
 from django_concurrency_mw.drivers import run
 from django_concurrency_mw.keyspec import parse_key
+from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.lifetime import release_cancelled
-from django_concurrency_mw.limiter import admit, take_lease
+from django_concurrency_mw.limiter import admit, begin, end, join
 from django_concurrency_mw.policies import Policy
 
 from .asgi_driver import Exchange, fetch
@@ -396,20 +397,21 @@ def test_ten_thousand_requests_leave_nothing(limits: Limits) -> None:
 def admitted(request: HttpRequest, name: str, limit: int) -> bool:
     config = conf.current()
     policy = Policy(name, parse_key("global"), limit)
-    return run(admit(request, [policy], {}, config)) is None
+    return run(admit(request, join(request)[0], [policy], {}, config)) is None
 
 
 def test_a_loop_that_ends_right_after_the_cancel_leaves_nothing(limits: Limits) -> None:
     """The hop that was to give back waits behind the view's thread, and is cancelled with the loop."""
     limits()
     request = RequestFactory().get("/")
+    begin(request)
     assert admitted(request, "one", 1)
     in_the_view = threading.Event()
 
     async def main() -> None:
         view = asyncio.create_task(sync_to_async(in_the_view.wait)(10))
         await asyncio.sleep(0.05)
-        task = asyncio.create_task(release_cancelled(take_lease(request)))
+        task = asyncio.create_task(release_cancelled(end(request) or Lease()))
         await asyncio.sleep(0.05)
         assert not task.done()
         assert not view.done()
@@ -422,8 +424,9 @@ def test_a_loop_that_ends_right_after_the_cancel_leaves_nothing(limits: Limits) 
 def test_a_rejection_further_in_leaves_what_is_held_further_out(limits: Limits) -> None:
     limits()
     request = RequestFactory().get("/")
+    begin(request)
     assert admitted(request, "outer", 1)
     assert not admitted(request, "inner", 0)
     assert held() == ["outer"]
-    take_lease(request).release()
+    (end(request) or Lease()).release()
     assert nothing_held()

@@ -241,3 +241,22 @@ def test_a_forked_child_starts_empty(store: MemoryBackend) -> None:
             os._exit(0 if isinstance(store.take([slot(token="child")]), Taken) else 1)
     assert exit_code(pid) == 0
     assert [holder.token for holder in store.snapshot()] == ["parent"]
+
+
+def test_a_garbage_collection_inside_a_call_may_give_back(
+    store: MemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abandoned stream that is collected while its own thread is inside the store gives back without waiting for itself."""
+    store.take([slot("abandoned", token="old")])
+    hold = store._hold
+
+    def collected(one: Slot, now: float) -> None:
+        assert list(store.give([slot("abandoned", token="old")])) == [True]
+        hold(one, now)
+
+    monkeypatch.setattr(store, "_hold", collected)
+    thread = threading.Thread(target=store.take, args=([slot("new")],), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive(), "it waits for its own lock"
+    assert [holder.policy for holder in store.snapshot()] == ["new"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Final
@@ -23,6 +24,14 @@ LATER: Final = frozenset({"host", "redis"})
 
 _instances: dict[str, BaseBackend] = {}
 _making = threading.Lock()
+
+
+def _forked() -> None:
+    global _making
+    _making = threading.Lock()  # a thread that is not in the child may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:

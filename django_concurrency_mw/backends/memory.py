@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import ClassVar
 
 from django.core.exceptions import ImproperlyConfigured
 
+from ..exceptions import BackendError
 from ..outcomes import Full, Slot, Taken, TakeReply
 from .base import BackendConfig, BaseBackend, Holder
 
@@ -49,6 +51,27 @@ class _Semaphore(dict[str, _Held]):
         self.earliest = min((held.ends for held in self.values()), default=float("inf"))
 
 
+class _Entrance:
+    """The store's lock. Entering tells whether we are alone inside.
+
+    A garbage collection may run in the middle of a call and end an abandoned stream, whose own code gives its slot back: in
+    the thread that holds the lock, which must then neither wait for itself nor change what it is just working on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    def __enter__(self) -> bool:
+        self._lock.acquire()
+        self._depth += 1
+        return self._depth == 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+
+
 class MemoryBackend(BaseBackend):
     """Counts in this process only: four worker processes let in four times the limit."""
 
@@ -68,13 +91,18 @@ class MemoryBackend(BaseBackend):
 
     def _forget(self) -> None:
         """Start empty: in a forked child the parent's holders are not ours, and its lock may be held by a dead thread."""
-        self._lock = threading.Lock()
+        self._lock = _Entrance()
+        #: Given back by a garbage collection inside one of our own calls; dropped when that call is done.
+        self._late: deque[Slot] = deque()
         self._semaphores: dict[tuple[str, bytes], _Semaphore] = {}
         self._most = 0
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         now = monotonic()
-        with self._lock:
+        with self._lock as alone:
+            if not alone:
+                raise BackendError("a take inside another one, from a garbage collection")
+            self._drop_late()
             full = [slot.block and not self._fits(slot, now) for slot in slots]
             if True in full:
                 return Full(tuple(full), tuple(self._count(slot.semaphore) for slot in slots))
@@ -85,14 +113,20 @@ class MemoryBackend(BaseBackend):
                     self._hold(slot, now)
                 held.append(got)
                 in_flight.append(self._count(slot.semaphore))
+            self._drop_late()
         return Taken(tuple(held), tuple(in_flight))
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return self.take(slots)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
-        with self._lock:
-            return [self._drop(slot.semaphore, slot.token) for slot in slots]
+        with self._lock as alone:
+            if not alone:
+                self._late.extend(slots)
+                return [True] * len(slots)
+            given = [self._drop(slot.semaphore, slot.token) for slot in slots]
+            self._drop_late()
+        return given
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         return self.give(slots)
@@ -100,6 +134,7 @@ class MemoryBackend(BaseBackend):
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         now = monotonic()
         with self._lock:
+            self._drop_late()
             return [self._renew(slot, now, now + seconds) for slot, seconds in slots]
 
     def evict(self, token: str) -> bool:
@@ -112,6 +147,7 @@ class MemoryBackend(BaseBackend):
     def snapshot(self) -> Sequence[Holder]:
         now = monotonic()
         with self._lock:
+            self._drop_late()
             return [
                 Holder(policy, held.key, token, now - held.since, held.ends - now, held.path)
                 for (policy, _), semaphore in self._semaphores.items()
@@ -120,6 +156,11 @@ class MemoryBackend(BaseBackend):
             ]
 
     # Callers hold the lock from here on.
+
+    def _drop_late(self) -> None:
+        while self._late:
+            slot = self._late.popleft()
+            self._drop(slot.semaphore, slot.token)
 
     def _fits(self, slot: Slot, now: float) -> bool:
         semaphore = self._semaphores.get(slot.semaphore)

@@ -1,0 +1,227 @@
+"""Who owns a request's lease, and ends it: with the middleware and without, nested, side by side, cancelled or late."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.core.handlers.asgi import ASGIHandler
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.test import Client, RequestFactory, override_settings
+from django.urls import path
+
+from django_concurrency_mw import backends, concurrency_limit, lease, limiter, rejection, signals
+from django_concurrency_mw.backends.memory import MemoryBackend
+
+from .asgi_driver import Exchange
+from .support import OURS, Limits, await_until, exit_code, held, nothing_held, run_async
+
+in_the_key, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+
+def slow_key(request: HttpRequest) -> str:
+    in_the_key.set()
+    go.wait(5)
+    return "k"
+
+
+@concurrency_limit(key=slow_key, max_concurrent=1, name="slow-key")
+def with_a_slow_key(request: HttpRequest) -> HttpResponse:
+    ended.set()
+    return HttpResponse("done")
+
+
+@concurrency_limit(key="global", max_concurrent=1, name="helper")
+def helper(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(",".join(held()))
+
+
+def stream_with_a_helper(request: HttpRequest) -> StreamingHttpResponse:
+    def chunks() -> Iterator[bytes]:
+        yield b"helped: "
+        yield helper(request).content
+
+    return StreamingHttpResponse(chunks())
+
+
+def early(request: HttpRequest) -> HttpResponse:
+    request.concurrency.release()  # type: ignore[attr-defined]  # the middleware's
+    return again(request)
+
+
+@concurrency_limit(policy="all")
+def again(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(",".join(held()))
+
+
+urlpatterns = [
+    path("slow-key/", with_a_slow_key, name="slow-key"),
+    path("stream/", stream_with_a_helper, name="stream"),
+    path("early/", early, name="early"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _urls() -> Iterator[None]:
+    for event in (in_the_key, go, ended):
+        event.clear()
+    with override_settings(ROOT_URLCONF=__name__):
+        yield
+    go.set()
+
+
+def test_a_client_that_leaves_while_the_key_is_resolved(limits: Limits) -> None:
+    """The view's thread takes its slot after the middleware was cancelled: it comes back all the same."""
+    limits(middleware=[OURS])
+
+    async def main() -> None:
+        exchange = Exchange(ASGIHandler(), "/slow-key/")
+        assert await await_until(in_the_key.is_set)
+        threading.Timer(0.1, go.set).start()
+        exchange.leave()
+        await exchange.end()
+        assert await await_until(ended.is_set)
+        assert await await_until(nothing_held, 2)
+
+    run_async(main)
+
+
+def test_a_limited_helper_called_from_the_body_of_a_stream(limits: Limits) -> None:
+    """The middleware is through with the request; the helper owns its slot itself, each time."""
+    limits(middleware=[OURS])
+    for _ in range(2):
+        assert b"".join(Client().get("/stream/")) == b"helped: helper"  # type: ignore[arg-type]  # it streams
+        assert nothing_held()
+
+
+def test_after_an_early_release_a_helper_takes_its_own_slot(limits: Limits) -> None:
+    limits({"policies": {"all": {"url_names": ["early"], "key": "global", "max_concurrent": 1}}}, middleware=[OURS])
+    assert Client().get("/early/").content == b"all"
+    assert nothing_held()
+
+
+def test_what_a_shadow_policy_let_pass_is_no_slot(limits: Limits) -> None:
+    """A decorator that blocks, over a table's policy that does not, with the limit reached."""
+    table = {"policies": {"all": {"url_names": ["early"], "key": "global", "max_concurrent": 0, "block": False}}}
+    limits(table, middleware=[OURS])
+    inner = concurrency_limit(policy="all", block=True)(again.__wrapped__)  # type: ignore[attr-defined]  # by wraps
+    request = RequestFactory().get("/")
+    assert concurrency_limit(policy="all")(inner)(request).status_code == 429
+
+
+def test_side_by_side_on_a_loop_each_keeps_its_slot_to_its_end(limits: Limits) -> None:
+    """Two limited coroutines of one request under gather, without a middleware: the first to end leaves the other alone."""
+    limits(middleware=[])
+    seen: list[list[str]] = []
+
+    @concurrency_limit(key="global", max_concurrent=1, name="short")
+    async def short(request: HttpRequest) -> HttpResponse:
+        await asyncio.sleep(0.01)
+        return HttpResponse()
+
+    @concurrency_limit(key="global", max_concurrent=1, name="long")
+    async def long(request: HttpRequest) -> HttpResponse:
+        await asyncio.sleep(0.1)
+        seen.append(held())
+        return HttpResponse()
+
+    async def main() -> None:
+        request = RequestFactory().get("/")
+        await asyncio.gather(short(request), long(request))
+
+    run_async(main)
+    assert "long" in seen[0]
+    assert nothing_held()
+
+
+@pytest.mark.parametrize("answer", [None, "text", 7])
+def test_a_view_that_returns_no_response(limits: Limits, answer: Any) -> None:
+    limits(middleware=[], HEADERS="always")
+    view = concurrency_limit(key="global", max_concurrent=1, name="bad")(lambda request: answer)
+    assert view(RequestFactory().get("/")) == answer
+    assert nothing_held()
+
+
+def test_released_is_told_of_what_acquired_was_told_of(limits: Limits) -> None:
+    """Two stores, the second rejects: what the first had taken for a moment is no news."""
+    stores = {name: {"BACKEND": "memory", "KEY_PREFIX": f"ownership-{name}"} for name in ("default", "other")}
+    limits(middleware=[], BACKENDS=stores)
+    told: list[str] = []
+
+    def acquired(**kwargs: Any) -> None:
+        told.append("acquired")
+
+    def released(**kwargs: Any) -> None:
+        told.append("released")
+
+    @concurrency_limit(key="global", max_concurrent=1, name="one")
+    @concurrency_limit(key="global", max_concurrent=0, name="two", backend="other")
+    def view(request: HttpRequest) -> HttpResponse:
+        return HttpResponse()
+
+    signals.slot_acquired.connect(acquired)
+    signals.slot_released.connect(released)
+    try:
+        assert view(RequestFactory().get("/")).status_code == 429
+    finally:
+        signals.slot_acquired.disconnect(acquired)
+        signals.slot_released.disconnect(released)
+    assert told == ["acquired", "released"]
+
+
+@pytest.mark.parametrize(
+    "lock",
+    [
+        lambda: rejection._sampled._lock,
+        lambda: lease._counting,
+        lambda: limiter._noting,
+        lambda: backends._making,
+    ],
+    ids=["log", "local count", "store's health", "stores"],
+)
+def test_a_lock_that_was_held_when_it_forked_does_not_stop_the_child(lock: Any) -> None:
+    with lock():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if lock().acquire(timeout=2) else 1)
+    assert exit_code(pid) == 0
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["text/html;a*=bogus''%41", "text/html;a*=idna''%41%ff", "text/html;a*=undefined''%41", "a/b;c*=x\x00''%41"],
+)
+def test_an_accept_header_that_django_cannot_read(limits: Limits, accept: str) -> None:
+    limits({"policies": {"all": {"url_names": ["early"], "key": "global", "max_concurrent": 0}}}, middleware=[OURS])
+    response = Client(headers={"accept": accept}).get("/early/")
+    assert response.status_code == 429
+
+
+def test_during_an_outage_those_who_only_ask_count_for_nothing(limits: Limits) -> None:
+    """A store that times out: its callers all wait at once, and hold nothing while they do."""
+
+    class TimesOut(MemoryBackend):
+        def take(self, slots: Any) -> Any:
+            threading.Event().wait(0.2)
+            raise TimeoutError("no answer")
+
+    limits(middleware=[], BACKENDS={"default": {"BACKEND": f"{__name__}.TimesOutHere"}})
+    globals()["TimesOutHere"] = TimesOut
+    statuses: list[int] = []
+
+    @concurrency_limit(key="global", max_concurrent=8, name="outage", on_backend_error="local")
+    def view(request: HttpRequest) -> HttpResponse:
+        return HttpResponse()
+
+    threads = [
+        threading.Thread(target=lambda: statuses.append(view(RequestFactory().get("/")).status_code)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 8
