@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 from itertools import count
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
@@ -246,17 +247,18 @@ def test_a_forked_child_starts_empty(store: MemoryBackend) -> None:
 def test_a_garbage_collection_inside_a_call_may_give_back(
     store: MemoryBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An abandoned stream that is collected while its own thread is inside the store gives back without waiting for itself."""
-    store.take([slot("abandoned", token="old")])
-    hold = store._hold
+    """An abandoned stream that is collected while its own thread is inside the store gives back: without waiting for itself,
+    and without taking away the semaphore that is just being worked on."""
+    store.take([slot(limit=2, token="old")])
 
-    def collected(one: Slot, now: float) -> None:
-        assert list(store.give([slot("abandoned", token="old")])) == [True]
-        hold(one, now)
+    class Collected(memory._Held):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            assert list(store.give([slot(token="old")])) == [True]
 
-    monkeypatch.setattr(store, "_hold", collected)
-    thread = threading.Thread(target=store.take, args=([slot("new")],), daemon=True)
+    monkeypatch.setattr(memory, "_Held", Collected)
+    thread = threading.Thread(target=store.take, args=([slot(limit=2, token="new")],), daemon=True)
     thread.start()
     thread.join(5)
     assert not thread.is_alive(), "it waits for its own lock"
-    assert [holder.policy for holder in store.snapshot()] == ["new"]
+    assert [holder.token for holder in store.snapshot()] == ["new"]
