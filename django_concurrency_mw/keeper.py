@@ -12,8 +12,10 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
@@ -70,6 +72,8 @@ class Keeper:
         self._wakes_at = _FOREVER
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
 
     # -- for leases ---------------------------------------------------------------------------------------------
 
@@ -101,6 +105,13 @@ class Keeper:
         """Try to give these back until it works or their lease has ended (`until`, monotonic seconds)."""
         self._owed.append(_Owed(store, tuple(slots), until))
         self._wake_at(monotonic() + RETRY_EVERY)
+
+    def at(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call it in the keeper's thread, so many seconds from now."""
+        due = monotonic() + seconds
+        with self._starting:
+            heappush(self._calls, (due, next(self._numbers), call))
+        self._wake_at(due)
 
     def flush(self) -> None:
         """Give back all that this process still holds, at its exit; for FLUSH_FOR seconds at most."""
@@ -156,10 +167,24 @@ class Keeper:
             except BaseException:
                 due = min(due, now + RETRY_EVERY)
                 logger.exception("a lease could not be renewed, it will be tried again")
+        for call in self._due_calls(now):
+            try:
+                call()
+            except BaseException:
+                logger.exception("the keeper goes on after an error")
         self._retry(now)
         if self._owed:
             due = min(due, monotonic() + RETRY_EVERY)
+        if self._calls:
+            due = min(due, self._calls[0][0])
         self._wakes_at = min(self._wakes_at, due)
+
+    def _due_calls(self, now: float) -> list[Callable[[], None]]:
+        calls = []
+        with self._starting:
+            while self._calls and self._calls[0][0] <= now:
+                calls.append(heappop(self._calls)[2])
+        return calls
 
     def _retry(self, now: float) -> None:
         """Give back what is owed, in few calls; a store that fails is not asked again before the next time."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NoReturn
+from time import time
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from .policies import Policy
@@ -39,6 +40,10 @@ class Slot:
     token: str
     block: bool = True
     path: str = ""
+    #: Seconds since the epoch by our own clock; for people, never for a decision.
+    since: float = field(default_factory=time, compare=False)
+    #: For the store that holds it: what it made of this slot and needs again.
+    memo: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def semaphore(self) -> tuple[str, bytes]:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
+from django_concurrency_mw import backends
+
+from .redis_server import RedisServer
 from .support import limits
 
 __all__ = ["limits"]
+
+# The same examples on every run of CI; elsewhere new ones each time, so that something may still be found.
+hypothesis_settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis_settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -42,3 +51,18 @@ def run_python() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A real server of the suite's own."""
+    server = RedisServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _forget_stores() -> Iterator[None]:
+    """Each test has stores of its own, and what it asks all stores is not asked of those of the tests before it."""
+    yield
+    backends._instances.clear()

@@ -277,9 +277,8 @@ class NoStore:
 
 
 UNUSABLE: list[tuple[Any, str, str]] = [
-    ({"default": {"BACKEND": "redis"}}, "default", r"'redis' is not carried out by this version .*yet"),
     ({"default": {"BACKEND": "host"}}, "default", r"'host' is not carried out by this version .*yet"),
-    ({"default": {"BACKEND": "memory"}}, "redis", r"'redis' is not carried out by this version .*yet"),
+    ({"default": {"BACKEND": "memory"}}, "host", r"'host' is not carried out by this version .*yet"),
     ({"default": {"BACKEND": "memory"}}, "other", r"unknown backend 'other'"),
     ({"first": {"BACKEND": "memory"}}, "default", r"unknown backend 'default'.*'first'"),
     ({"default": {"BACKEND": "memroy"}}, "default", r"\['default'\]\['BACKEND'\].*'memroy'"),

@@ -15,8 +15,9 @@ import pytest
 from django.test import RequestFactory
 
 from django_concurrency_mw import drivers
-from django_concurrency_mw.backends import BackendConfig, BaseBackend
+from django_concurrency_mw.backends import BackendConfig, BaseBackend, Holder
 from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
@@ -26,6 +27,9 @@ from django_concurrency_mw.outcomes import Asked, KeyMissing, Slot, TakeReply, V
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import OnError, Steps, acquire
 from django_concurrency_mw.tokens import new_token
+
+from .redis_server import RedisServer
+from .support import wait_until
 
 Drive = Callable[[Steps[Any]], Any]
 
@@ -45,25 +49,37 @@ class Unreliable(BaseBackend):
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         self.asked.append([slot.policy for slot in slots])
-        if self.fails == "before":
-            raise BackendError("down")
+        self._fail_if("before")
         reply = self.inner.take(slots)
-        if self.fails == "after":
-            raise BackendError("no answer")
+        self._fail_if("after")
         return reply
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
-        await asyncio.sleep(0)
-        return self.take(slots)
+        self.asked.append([slot.policy for slot in slots])
+        self._fail_if("before")
+        reply = await self.inner.atake(slots)
+        self._fail_if("after")
+        return reply
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
-        if self.fails is not None:
-            raise BackendError("down")
+        self._fail_if("before", "after")
         return self.inner.give(slots)
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
-        await asyncio.sleep(0)
-        return self.give(slots)
+        self._fail_if("before", "after")
+        return await self.inner.agive(slots)
+
+    def _fail_if(self, *when: str) -> None:
+        if self.fails in when:
+            raise BackendError("down")
+
+    def snapshot(self) -> Sequence[Holder]:
+        """What the inner store holds, once it has heard of all that it was sent."""
+        inner = self.inner
+        if isinstance(inner, RedisBackend):
+            inner.close()
+            assert wait_until(lambda: not inner._leftovers and not inner._delivering)
+        return inner.snapshot()
 
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         return self.inner.renew(slots)
@@ -72,12 +88,17 @@ class Unreliable(BaseBackend):
 _numbers = count()
 
 
-def memory() -> BaseBackend:
+def memory(request: pytest.FixtureRequest) -> BaseBackend:
     return MemoryBackend(BackendConfig("default", "memory", key_prefix=f"steps-{next(_numbers)}"))
 
 
+def redis(request: pytest.FixtureRequest) -> BaseBackend:
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}"))
+
+
 #: name -> a fresh store
-BACKENDS: dict[str, Callable[[], BaseBackend]] = {"memory": memory}
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], BaseBackend]] = {"memory": memory, "redis": redis}
 
 
 def _arun(steps: Steps[Any]) -> Any:
@@ -93,9 +114,9 @@ def drive(request: pytest.FixtureRequest) -> Drive:
 class Shop:
     """Two stores, a local and a remote one, and requests that acquire from them."""
 
-    def __init__(self, drive: Drive, make: Callable[[], BaseBackend]) -> None:
+    def __init__(self, drive: Drive, near: BaseBackend, far: BaseBackend) -> None:
         self.drive = drive
-        self.near, self.far = Unreliable(make(), True), Unreliable(make(), False)
+        self.near, self.far = Unreliable(near, True), Unreliable(far, False)
         self.leases: list[Lease] = []
 
     def ask(self, *entries: Asked | KeyMissing, on_error: OnError = "local", lease: Lease | None = None) -> Verdict:
@@ -109,7 +130,7 @@ class Shop:
         return verdict
 
     def held(self) -> list[str]:
-        return sorted(holder.policy for store in (self.near, self.far) for holder in store.inner.snapshot())
+        return sorted(holder.policy for store in (self.near, self.far) for holder in store.snapshot())
 
     def end(self, lease: Lease | None = None) -> None:
         for each in self.leases if lease is None else [lease]:
@@ -118,7 +139,7 @@ class Shop:
 
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 def shop(request: pytest.FixtureRequest, drive: Drive) -> Iterator[Shop]:
-    shop = Shop(drive, request.param)
+    shop = Shop(drive, request.param(request), request.param(request))
     yield shop
     shop.near.fails = shop.far.fails = None
     shop.end()

@@ -18,9 +18,10 @@ __all__ = ["SHORT_NAMES", "BackendConfig", "BaseBackend", "Holder", "get_backend
 #: The short names of BACKEND.
 SHORT_NAMES: Final[Mapping[str, str]] = {
     "memory": "django_concurrency_mw.backends.memory.MemoryBackend",
+    "redis": "django_concurrency_mw.backends.redis.store.RedisBackend",
 }
 #: Names that are part of the public face, but whose store this version does not have.
-LATER: Final = frozenset({"host", "redis"})
+LATER: Final = frozenset({"host"})
 
 _instances: dict[str, BaseBackend] = {}
 _making = threading.Lock()
@@ -77,6 +78,10 @@ def _load(config: BackendConfig) -> BaseBackend:
     try:
         loaded = import_string(SHORT_NAMES.get(config.backend, config.backend))
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == "redis":
+            raise ImproperlyConfigured(
+                f"{place}: the redis store needs redis-py: python -m pip install 'django_concurrency_mw[redis]'"
+            ) from error
         raise ImproperlyConfigured(
             f"{place}: {config.backend!r} cannot be loaded: {error}{did_you_mean(config.backend, SHORT_NAMES)}"
         ) from error

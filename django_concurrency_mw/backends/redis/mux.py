@@ -1,0 +1,297 @@
+"""Redis from asyncio: one multiplexed connection per event loop.
+
+`call` is a plain function: it queues a packed command and returns a future of the reply. `tell` queues releases that nobody
+waits for. Replies come in order, so the left end of `_unanswered` always owns the next one. Nothing but its reply ever takes
+a command out of that queue: a caller that is cancelled or late leaves a done future there. So there is no desynchronisation,
+and a release that is queued behind its acquire is always carried out after it.
+
+When the connection is lost, what is unanswered is sent again in order on the next one, as every command may be sent twice.
+An acquire that nobody waits for any more is dropped (its release stands behind it). The old connection is killed at the
+server first, so that what it still had under way cannot overtake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, RedisError, ResponseError, TimeoutError
+
+from .connecting import Recipe, is_final
+from .leftovers import KEEP, Leftovers, Work
+from .wire import RENEW, TAKE, pack
+
+LOST = (RedisError, OSError, EOFError, asyncio.TimeoutError)
+#: Timeouts without any reply after which a connection is given up.
+DEAD_AFTER = 2
+#: Commands unanswered at most.
+MOST = 20_000
+#: Attempts to connect that may fail in a row, each in a way that passes, before those who wait are told.
+TRIES = 10
+#: Seconds until the next attempt to connect, at most. (At 0.5 a store that was back was found after 0.59 s.)
+BACK_OFF = 0.25
+
+
+class Command:
+    """One packed command: `waiter` gets its reply, `whole` makes the form that needs no script loaded."""
+
+    __slots__ = ("packed", "sent", "waiter", "whole")
+
+    def __init__(
+        self, packed: bytes, sent: float, waiter: asyncio.Future[Any] | None, whole: Callable[[], bytes] | None
+    ) -> None:
+        self.packed, self.sent, self.waiter, self.whole = packed, sent, waiter, whole
+
+    @property
+    def awaited(self) -> bool:
+        return self.waiter is not None and not self.waiter.done()
+
+
+class Mux:
+    """The connection of one event loop; made inside it."""
+
+    def __init__(self, recipe: Recipe, leftovers: Leftovers) -> None:
+        self._recipe, self._leftovers = recipe, leftovers
+        self._timeout = recipe.timeout
+        self.loop = asyncio.get_running_loop()
+        self._unanswered: deque[Command] = deque()
+        self._outbox: list[bytes] = []
+        self._writing: set[asyncio.Task[None]] = set()
+        self._conn: Any = None
+        self._owner: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._client: int | None = None
+        self._error: BaseException | None = None
+        self._not_before = self._heard = self._connected_at = 0.0
+        self._failures = 0
+        self.connects = self.errors = self.dropped = 0
+
+    # -- for callers --------------------------------------------------------------------------------------------------
+
+    def call(self, packed: bytes, whole: Callable[[], bytes]) -> asyncio.Future[Any]:
+        """A future of the reply. Raises at once, with nothing sent, while no connection can be had: ConnectionError."""
+        now = self.loop.time()
+        if self._conn is None and now < self._not_before:
+            raise ConnectionError(
+                f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {self._error!r}"
+            )
+        if len(self._unanswered) >= MOST:
+            raise ConnectionError(f"{MOST} commands are unanswered")
+        waiter: asyncio.Future[Any] = self.loop.create_future()
+        self._queue(Command(packed, now, waiter, whole))
+        return waiter
+
+    def tell(self, releases: Sequence[bytes]) -> None:
+        """Send releases; their replies are waited for by nobody."""
+        now = self.loop.time()
+        for release in releases:
+            if len(self._unanswered) >= MOST:
+                self.dropped += 1  # the lease's end gives the slot back
+            else:
+                self._queue(Command(release, now, None, None))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _queue(self, command: Command) -> None:
+        self._unanswered.append(command)
+        if self._conn is not None:
+            if not self._outbox:  # the first of this tick: all that follow share its write
+                task = self.loop.create_task(self._write(self._conn))
+                self._writing.add(task)  # the loop itself keeps only a weak reference
+                task.add_done_callback(self._writing.discard)
+            self._outbox.append(command.packed)
+        elif self._owner is None:
+            self._owner = self.loop.create_task(self._own())
+            self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._timeout, self._sweep)
+
+    async def _write(self, conn: Any) -> None:
+        if conn is not self._conn:  # lost meanwhile: it is sent again
+            return
+        batch = b"".join(self._outbox)
+        self._outbox.clear()
+        if batch and conn.is_connected:  # send_packed_command() would connect by itself
+            with contextlib.suppress(*LOST):  # the reader sees the loss too, and the batch is unanswered
+                await conn.send_packed_command([batch], check_health=False)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """One timer for every deadline: they expire in the order of the queue."""
+        now, following = self.loop.time(), None
+        self._timer = None
+        for command in self._unanswered:
+            waiter = command.waiter
+            if waiter is None or waiter.done():
+                continue
+            if command.sent + self._timeout > now:
+                following = command.sent + self._timeout
+                break
+            waiter.set_exception(TimeoutError(f"no answer from Redis in {self._timeout} s"))
+        if self._unanswered:
+            silent = now - max(self._unanswered[0].sent, self._heard)
+            if self._conn is not None and self._reading is not None and silent > DEAD_AFTER * self._timeout:
+                self._reading.cancel()
+            self._timer = self.loop.call_at(following or now + self._timeout, self._sweep)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def _read(self, conn: Any) -> None:
+        read, now = conn.read_response, self.loop.time
+        while True:
+            reply = await _reply(read)
+            self._heard = now()
+            self._answer(reply)
+
+    def _answer(self, reply: Any) -> None:
+        command = self._unanswered.popleft()
+        waiter = command.waiter
+        if waiter is None or waiter.done():
+            self.errors += isinstance(reply, Exception)
+        elif isinstance(reply, NoScriptError) and command.whole is not None:
+            self._queue(Command(command.whole(), command.sent, waiter, None))
+        elif isinstance(reply, Exception):
+            waiter.set_exception(reply)
+        else:
+            waiter.set_result(reply)
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    async def _own(self) -> None:
+        """Connect, read until the connection is lost, connect again while something is unanswered; then end."""
+        conn = None
+        error: BaseException | None
+        try:
+            while True:
+                await asyncio.sleep(max(0, self._not_before - self.loop.time()))
+                try:
+                    conn = await self._connect()
+                    await self._send_again(conn)
+                    self._reading = self.loop.create_task(self._read(conn))
+                    await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
+                    error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
+                except LOST as lost:
+                    error = lost
+                self._failed(error, connected=conn is not None)
+                self._conn = None
+                if conn is not None:
+                    await _hang_up(conn)
+                    conn = None
+                if not self._prune():
+                    break
+        finally:
+            if conn is not None:  # we are cancelled: the loop ends
+                if self._reading is not None:
+                    self._reading.cancel()
+                    await asyncio.wait([self._reading])
+                await self._farewell(conn)
+                self._conn = None
+                await conn.disconnect(nowait=True)
+            self._owner = None
+
+    async def _farewell(self, conn: Any) -> None:
+        """Send the last releases and hear their replies, but not for long."""
+
+        async def hear() -> None:
+            await self._write(conn)
+            while self._unanswered:
+                self._answer(await _reply(conn.read_response))
+
+        with contextlib.suppress(*LOST, asyncio.CancelledError):
+            await asyncio.wait_for(hear(), self._timeout)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Cancelled: the loop ends. Nobody waits for ever, and no release is forgotten."""
+        if self._owner is task:  # it was cancelled before its first step
+            self._owner = None
+        if not task.cancelled() and task.exception() is None:
+            return
+        left, self._unanswered = self._unanswered, deque()
+        if left:
+            self._leftovers.fence(self._client)
+        for command in left:
+            if command.waiter is None:
+                self._leftovers.add([command.packed])
+            elif not command.waiter.done():
+                command.waiter.set_exception(ConnectionError("the event loop is closing"))
+
+    async def _connect(self) -> Any:
+        conn = self._recipe.async_class(**self._recipe.async_keywords)
+        work = self._leftovers.pick_up()
+        try:
+            await asyncio.wait_for(self._greet(conn, work), self._timeout)
+        except BaseException:
+            self._leftovers.put_back(work)
+            await _hang_up(conn)
+            raise
+        self.connects += 1
+        return conn
+
+    async def _greet(self, conn: Any, work: Work) -> None:
+        await conn.connect()
+        clients = work.clients if self._client is None else [*work.clients, self._client]
+        greeting = [pack(b"CLIENT", b"ID"), TAKE.load, RENEW.load]
+        greeting += [pack(b"CLIENT", b"KILL", b"ID", b"%d" % client) for client in clients]
+        greeting += [release for release, _ in work.releases]
+        await conn.send_packed_command([b"".join(greeting)], check_health=False)
+        client = await _reply(conn.read_response)
+        for _ in greeting[1:]:
+            await _reply(conn.read_response)
+        # Only now: had this attempt failed, the older one would still have to be fenced off.
+        self._client = client if isinstance(client, int) else None
+
+    def _failed(self, error: BaseException | None, *, connected: bool) -> None:
+        self._error = error
+        if connected and self._heard > self._connected_at:  # it did work: try again at once
+            self._failures, self._not_before = 0, 0.0
+            return
+        self._failures += 1
+        if self._failures < TRIES and not is_final(error):
+            # It was cut while it was being made, say: those who wait have their own deadlines.
+            self._not_before = self.loop.time() + 0.01
+            return
+        wait = min(BACK_OFF, 0.05 * 2 ** min(self._failures, 6)) * (0.5 + random.random() / 2)
+        self._not_before = self.loop.time() + wait
+        for command in self._unanswered:
+            if command.waiter is not None and not command.waiter.done():
+                command.waiter.set_exception(ConnectionError(f"Redis cannot be reached: {error!r}"))
+
+    def _prune(self) -> bool:
+        """Drop what need not be sent again; is anything left?"""
+        oldest = self.loop.time() - KEEP
+        self._unanswered = deque(
+            command
+            for command in self._unanswered
+            if (command.sent > oldest if command.waiter is None else not command.waiter.done())
+        )
+        return bool(self._unanswered)
+
+    async def _send_again(self, conn: Any) -> None:
+        self._prune()
+        self._outbox = [command.packed for command in self._unanswered]
+        self._conn = conn
+        self._connected_at = self._heard = self.loop.time()
+        await self._write(conn)
+
+
+async def _reply(read: Callable[..., Any]) -> Any:
+    """One reply; an error of the server's is returned. Raises: whatever means that the connection is lost."""
+    try:
+        return await read(disconnect_on_error=False)
+    except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
+        raise ConnectionError(str(error)) from error
+    except ResponseError as error:
+        return error
+
+
+async def _hang_up(conn: Any) -> None:
+    writer = getattr(conn, "_writer", None)  # private: close() alone would wait for a black hole to drink its buffer
+    if writer is not None:
+        writer.transport.abort()
+    await conn.disconnect(nowait=True)

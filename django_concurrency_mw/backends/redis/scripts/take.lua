@@ -1,0 +1,37 @@
+-- Take a slot of every blocking semaphore, or of none; then of each other one that has room.
+--
+-- KEYS   one semaphore each: a sorted set, member = holder, score = the end of its lease (ms of this server's clock)
+-- ARGV   four for each: limit, lease in ms, 1 if it blocks else 0, the holder
+-- Returns one integer each (for a single one not in a list): twice its count, plus 1 where it has room (or is held now). If
+--         a blocking one has no room, nothing was taken.
+--
+-- Asking twice is asking once: who holds already is let in before the limit is looked at. What has lapsed is removed only
+-- where there is no room. A key's expiry only ever grows, so that a short lease never ends a longer one.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local room, count, taken = {}, {}, 1
+for i, key in ipairs(KEYS) do
+  local limit = tonumber(ARGV[4 * i - 3])
+  count[i] = redis.call('ZCARD', key)
+  room[i] = 1
+  if count[i] >= limit and not redis.call('ZSCORE', key, ARGV[4 * i]) then
+    if redis.call('ZREMRANGEBYSCORE', key, '-inf', now) > 0 then
+      count[i] = redis.call('ZCARD', key)
+    end
+    if count[i] >= limit then
+      room[i] = 0
+      if ARGV[4 * i - 1] == '1' then taken = 0 end
+    end
+  end
+end
+local reply = {}
+for i, key in ipairs(KEYS) do
+  if taken == 1 and room[i] == 1 then
+    local lease = tonumber(ARGV[4 * i - 2])
+    count[i] = count[i] + redis.call('ZADD', key, now + lease, ARGV[4 * i])
+    if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
+  end
+  reply[i] = 2 * count[i] + room[i]
+end
+if reply[2] then return reply end
+return reply[1]

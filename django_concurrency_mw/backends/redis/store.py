@@ -1,0 +1,177 @@
+"""The Redis store: exact among all processes and hosts that share one Redis.
+
+Threads use a stack of connections (`lines`), every event loop one multiplexed connection (`mux`). Both send one command to
+take all of a request's slots, and one ZREM per slot, in one packet, to give them back, whose reply nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from django.core.exceptions import ImproperlyConfigured
+from redis.exceptions import RedisError
+
+from ...exceptions import BackendError
+from ...keeper import keeper
+from ...outcomes import Slot, TakeReply
+from ..base import BackendConfig, BaseBackend, Holder
+from . import wire
+from .connecting import Recipe
+from .leftovers import Leftovers
+from .lines import Lines
+from .mux import Mux
+
+#: Seconds between two looks at idle connections.
+TEND_EVERY = 5.0
+#: Seconds between two tries to carry out what is left over.
+DELIVER_AGAIN = 0.25
+#: Slots that one renewal command is for, at most.
+RENEW_AT_ONCE = 500
+
+
+class RedisBackend(BaseBackend):
+    """`LOCATION` is a URL; `OPTIONS` are the keywords of a redis-py connection, `socket_timeout` (0.25 s) first of all."""
+
+    supports_semaphores: ClassVar[bool] = True
+    cancel_safe: ClassVar[bool] = True
+
+    def __init__(self, config: BackendConfig) -> None:
+        super().__init__(config)
+        if "{" in config.key_prefix or "}" in config.key_prefix:
+            raise ImproperlyConfigured(
+                f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['KEY_PREFIX']: braces are the store's own "
+                f"(the hash tag of a Cluster), got {config.key_prefix!r}"
+            )
+        self._recipe = Recipe(config)
+        self._keys = wire.Keys(config.key_prefix)
+        self._leftovers = Leftovers(self._wake)
+        self._lines = Lines(self._recipe, self._leftovers)
+        self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
+        self._tended = self._delivering = False
+        _stores.add(self)
+
+    def take(self, slots: Sequence[Slot]) -> TakeReply:
+        if not self._tended:
+            self._tended = True
+            keeper.at(TEND_EVERY, self._tend)
+        whole = partial(self._keys.take, slots, whole=True)
+        reply = self._call(self._keys.take(slots), self._keys.give(slots), whole)
+        return wire.taken(reply, slots)
+
+    def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        self._lines.tell(self._keys.give(slots))
+        return [True] * len(slots)
+
+    def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+        held: list[bool] = []
+        for first in range(0, len(slots), RENEW_AT_ONCE):
+            some = slots[first : first + RENEW_AT_ONCE]
+            reply = self._call(self._keys.renew(some), (), partial(self._keys.renew, some, whole=True))
+            held += [bool(each) for each in reply]
+        return held
+
+    async def atake(self, slots: Sequence[Slot]) -> TakeReply:
+        mux = self._mux()
+        try:
+            waiter = mux.call(self._keys.take(slots), partial(self._keys.take, slots, whole=True))
+        except RedisError as error:  # nothing was sent
+            raise BackendError(str(error)) from error
+        try:
+            reply = await waiter
+        except BaseException as error:
+            mux.tell(self._keys.give(slots))  # behind the acquire, on its connection: only there it cannot overtake
+            if isinstance(error, RedisError):
+                raise BackendError(str(error)) from error
+            raise
+        return wire.taken(reply, slots)
+
+    async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        self._mux().tell(self._keys.give(slots))
+        return [True] * len(slots)
+
+    def evict(self, token: str) -> bool:
+        found = False
+        with self._recipe.client() as client:
+            for key in client.scan_iter(match=self._keys.pattern, count=1000):
+                for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
+                    found = bool(client.zrem(key, member[0])) or found
+        return found
+
+    def snapshot(self) -> Sequence[Holder]:
+        holders: list[Holder] = []
+        try:
+            with self._recipe.client() as client:
+                seconds, micros = client.time()
+                now = seconds * 1000 + micros / 1000
+                for key in client.scan_iter(match=self._keys.pattern, count=1000):
+                    for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
+                        holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
+        except (RedisError, OSError) as error:
+            raise BackendError(str(error)) from error
+        return holders
+
+    def close(self) -> None:
+        """Close the idle connections of threads; those of event loops end with their loop."""
+        self._lines.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _call(self, packed: bytes, undo: Sequence[bytes], whole: Callable[[], bytes]) -> Any:
+        try:
+            return self._lines.call(packed, undo, whole)
+        except (RedisError, OSError) as error:
+            raise BackendError(str(error)) from error
+
+    def _mux(self) -> Mux:
+        """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""
+        loop = asyncio.get_running_loop()
+        mux = self._muxes.get(loop)
+        if mux is None:
+            for ended in [known for known in list(self._muxes) if known.is_closed()]:
+                self._muxes.pop(ended, None)
+            mux = self._muxes[loop] = Mux(self._recipe, self._leftovers)
+        return mux
+
+    def _wake(self) -> None:
+        """There are releases that no connection was at hand for: the keeper connects, requests do not."""
+        if not self._delivering:
+            self._delivering = True
+            keeper.at(0, self._deliver)
+
+    def _deliver(self) -> None:
+        """In the keeper's thread."""
+        try:
+            self._lines.deliver()
+        except (RedisError, OSError):
+            keeper.at(DELIVER_AGAIN, self._deliver)
+            return
+        self._delivering = False
+        if self._leftovers:  # added since it looked
+            self._wake()
+
+    def _tend(self) -> None:
+        """In the keeper's thread: look after idle connections."""
+        self._lines.tend()
+        keeper.at(TEND_EVERY, self._tend)
+
+    def _forget(self) -> None:
+        self._leftovers.forget()
+        self._lines.forget()
+        self._muxes = {}
+        self._tended = self._delivering = False
+
+
+_stores: weakref.WeakSet[RedisBackend] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for store in list(_stores):
+        store._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

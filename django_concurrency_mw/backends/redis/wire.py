@@ -1,0 +1,155 @@
+"""The wire format: slots to packed commands, and replies back to outcomes. No I/O.
+
+A semaphore is the sorted set `{prefix}:1:policy:digest`; the braces put all of an alias into one hash slot of a Cluster, 1 is
+the version of the format. A member is the holder's token, then for people only: since when (ms by the client's clock), the
+key's text and the path, each cut to a bound. It is complete before the take is sent, as the release has to name it whole.
+Names that begin with `!` after the version are reserved, as no policy can be called so: `!evicted`, `!peaks`, `!process`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+
+from ...outcomes import Full, Slot, Taken, TakeReply
+from ..base import Holder
+
+FORMAT = "1"
+#: Bytes of a key's text and of a path that a member carries.
+TEXT_LIMIT = 120
+#: Parts a member's fields; tokens and numbers have none, and the two texts lose theirs.
+SEPARATOR = b"\n"
+
+
+class Script:
+    """A Lua script of this package: its text and the digest that EVALSHA names it by."""
+
+    def __init__(self, name: str) -> None:
+        self.text = (files(__package__) / "scripts" / name).read_bytes()
+        self.sha = hashlib.sha1(self.text).hexdigest().encode()
+        self.load = pack(b"SCRIPT", b"LOAD", self.text)
+        self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}
+
+    def call(self, keys: Sequence[bytes], arguments: Sequence[bytes], each: int, *, whole: bool) -> bytes:
+        """The packed call; `whole` sends the text itself. Keys are packed, arguments too, `each` of them per key."""
+        number = bulk(b"%d" % len(keys))
+        return b"*%d\r\n%b%b%b%b" % (
+            3 + len(keys) * (1 + each),
+            self._heads[whole],
+            number,
+            b"".join(keys),
+            b"".join(arguments),
+        )
+
+
+def bulk(value: bytes) -> bytes:
+    """One argument, packed."""
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+def pack(*arguments: bytes) -> bytes:
+    """One whole command, packed."""
+    return b"*%d\r\n%b" % (len(arguments), b"".join(map(bulk, arguments)))
+
+
+TAKE = Script("take.lua")
+RENEW = Script("renew.lua")
+
+
+class Keys:
+    """The names of one alias: its prefix, and a packed head per policy (there are few of them)."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = f"{{{prefix}}}:{FORMAT}:".encode()
+        #: For SCAN: every semaphore of the alias, and nothing else of its keys.
+        self.pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self.prefix) + b"[-A-Za-z0-9_.]*:*"
+        self._heads: dict[str, bytes] = {}
+
+    def semaphore(self, slot: Slot) -> bytes:
+        """The packed key of a slot's semaphore."""
+        head = self._heads.get(slot.policy)
+        if head is None:
+            name = b"%b%b:" % (self.prefix, slot.policy.encode())
+            head = self._heads[slot.policy] = b"$%d\r\n%b" % (len(name) + 32, name)
+        return b"%b%b\r\n" % (head, slot.key.digest.hex().encode())
+
+    def take(self, slots: Sequence[Slot], *, whole: bool = False) -> bytes:
+        """The one command that takes all of them."""
+        keys, arguments = [], []
+        for slot in slots:
+            key, holder = self._names(slot)
+            keys.append(key)
+            limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
+            arguments.append(
+                b"$%d\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n%b" % (len(limit), limit, len(lease), lease, slot.block, holder)
+            )
+        return TAKE.call(keys, arguments, 4, whole=whole)
+
+    def renew(self, slots: Sequence[tuple[Slot, float]], *, whole: bool = False) -> bytes:
+        """The one command that renews all of them."""
+        names = [self._names(slot) for slot, _ in slots]
+        keys = [key for key, _ in names]
+        arguments = [
+            b"%b%b" % (bulk(b"%d" % milliseconds(seconds)), holder)
+            for (_, seconds), (_, holder) in zip(slots, names, strict=True)
+        ]
+        return RENEW.call(keys, arguments, 2, whole=whole)
+
+    def give(self, slots: Sequence[Slot]) -> list[bytes]:
+        """One ZREM each."""
+        return [b"*3\r\n$4\r\nZREM\r\n%b%b" % self._names(slot) for slot in slots]
+
+    def _names(self, slot: Slot) -> tuple[bytes, bytes]:
+        """The packed names of a slot's semaphore and of its holder; kept with the slot, as the release needs them again."""
+        if not slot.memo:
+            slot.memo.append((self.semaphore(slot), bulk(member(slot))))
+        names: tuple[bytes, bytes] = slot.memo[0]
+        return names
+
+
+def member(slot: Slot) -> bytes:
+    """What stands in the sorted set for this holder."""
+    return b"%b\n%d\n%b\n%b" % (
+        slot.token.encode(),
+        int(slot.since * 1000),
+        _text(slot.key.text),
+        _text(slot.path),
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    """At least 1: Redis takes no expiry of 0."""
+    return max(1, round(seconds * 1000))
+
+
+def _text(value: str) -> bytes:
+    encoded = value[:TEXT_LIMIT].encode("utf-8", "replace")
+    return encoded.replace(SEPARATOR, b" ")
+
+
+def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
+    """The reply to a take of these slots."""
+    if isinstance(reply, int):
+        count, has_room = reply >> 1, reply & 1 == 1
+        return Taken((has_room,), (count,)) if has_room or not slots[0].block else Full((True,), (count,))
+    room = tuple([each & 1 == 1 for each in reply])
+    counts = tuple([each >> 1 for each in reply])
+    full = [slot.block and not has_room for slot, has_room in zip(slots, room, strict=True)]
+    return Full(tuple(full), counts) if True in full else Taken(room, counts)
+
+
+def holder(key: bytes, prefix: bytes, stored: bytes, ends: float, now: float) -> Holder:
+    """A member as people see it; `ends` and `now` in ms of the server's clock, its age by the client's word."""
+    token, since, text, path = (stored.split(SEPARATOR, 3) + [b""] * 3)[:4]
+    policy = key.removeprefix(prefix).rpartition(b":")[0]
+    began = int(since) if since.isdigit() else now
+    return Holder(
+        policy.decode(),
+        text.decode("utf-8", "replace"),
+        token.decode("utf-8", "replace"),
+        max(0.0, (now - began) / 1000),
+        (ends - now) / 1000,
+        path.decode("utf-8", "replace"),
+    )

@@ -1,0 +1,136 @@
+"""A TCP proxy that makes a network as bad as a test wants it: slow, deaf, cut, or refusing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+Delay = Callable[[], float]
+
+
+def between(low: float, high: float) -> Delay:
+    """Seconds at random."""
+    return lambda: random.uniform(low, high)
+
+
+class Proxy:
+    """Runs in a thread of its own. Every setting may be changed while connections are open.
+
+    `delay`: seconds that each packet takes, in both directions, in order. `black_hole`: nothing arrives any more.
+    `drop_replies`: what the server answers is lost, and with it the connection after `cut`. `refuse`: new connections are
+    closed at once. `tls`: it terminates TLS. `cut()` closes all connections, with what is under way lost.
+    """
+
+    def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.target_port, self.tls = target_port, tls
+        self.delay: Delay = lambda: 0.0
+        self.black_hole = self.drop_replies = self.refuse = False
+        self.connections = 0
+        self.sent: list[bytes] = []
+        self.record = False
+        self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(5)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def cut(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(5)
+
+    def stop(self) -> None:
+        self.cut()
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+
+        async def listen() -> None:
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self.tls)
+            self.port = self._server.sockets[0].getsockname()[1]
+            self._ready.set()
+
+        self._loop.run_until_complete(listen())
+        self._loop.run_forever()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self.refuse:
+            writer.transport.abort()
+            return
+        try:
+            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, upstream_writer}
+        self._keep(self._pump(reader, upstream_writer, False))
+        self._keep(self._pump(upstream_reader, writer, True))
+
+    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, replies: bool) -> None:
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def deliver() -> None:
+            while True:
+                due, data = await queue.get()
+                wait = due - self._loop.time()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                if not data:
+                    break
+                if self.black_hole or (replies and self.drop_replies):
+                    continue
+                writer.write(data)
+                with contextlib.suppress(OSError):
+                    await writer.drain()
+
+        delivering = self._loop.create_task(deliver())
+        last = 0.0
+        try:
+            while True:
+                data = await reader.read(65536)
+                if self.record and not replies and data:
+                    self.sent.append(data)
+                last = max(last, self._loop.time() + self.delay())  # packets do not overtake
+                queue.put_nowait((last, data))
+                if not data:
+                    break
+            await delivering
+        except (OSError, asyncio.CancelledError):
+            delivering.cancel()
+        finally:
+            writer.close()
+            self._writers.discard(writer)
+
+    async def _wind_up(self) -> None:
+        self._server.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _cut(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        self._writers.clear()
+        await asyncio.sleep(0)
