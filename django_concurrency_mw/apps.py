@@ -21,4 +21,5 @@ class ConcurrencyConfig(AppConfig):
         register(checks.check_decorators, checks.TAG)
         register(checks.check_stores, checks.TAG)
         register(checks.check_middleware, checks.TAG)
+        register(checks.check_api_views, checks.TAG)
         register(checks.check_addresses, checks.TAG, deploy=True)

@@ -2,14 +2,16 @@
 
 E001 settings or policy file; E002 a store that cannot be used; E003 a dotted path that cannot be imported; E004 a decorator
 that names what it must not, or what is not there; W001 no middleware; W002 middleware twice; W003 a limit by address that
-may see only a proxy's.
+may see only a proxy's; W004 a limit by user on a view of Django REST framework whose user it cannot see; W005 such a view
+whose throttles cannot be seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
@@ -21,11 +23,14 @@ from .decorators import limits
 from .exceptions import ConfigurationError
 from .keys import callable_of
 from .keyspec import is_dotted_path
-from .limiter import store_of
+from .limiter import MARK, store_of
+from .middleware import ConcurrencyLimitMiddleware, throttles_itself
 from .policies import Policy
 
 TAG = "concurrency"
 MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
+#: Views that a warning names.
+LISTED = 5
 
 
 def check_settings(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -94,7 +99,7 @@ def check_middleware(app_configs: Any = None, **kwargs: Any) -> list[CheckMessag
                 id="django_concurrency_mw.W002",
             )
         ]
-    if number == 0 and any(policy.url_names for policy in config.table):
+    if number == 0 and any(policy.url_names for policy in config.table) and not any(map(_throttled, _api_views())):
         return [
             Warning(
                 "The policies limit nothing: ConcurrencyLimitMiddleware is not in MIDDLEWARE.",
@@ -124,6 +129,130 @@ def check_addresses(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage
             id="django_concurrency_mw.W003",
         )
     ]
+
+
+def check_api_views(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W004 and W005: does ConcurrencyThrottle take the policies of Django REST framework's views, where it has to?"""
+    config = _config()
+    if config is None:
+        return []
+    views = _api_views()
+    messages: list[CheckMessage] = []
+    for policy in config.table:
+        blind = [view for view in views if _is_blind(view, policy, config)]
+        if blind:
+            messages.append(
+                Warning(
+                    f"{policy.place}: policy {policy.name} needs the user, whom Django REST framework knows inside the view "
+                    f"only. Without ConcurrencyThrottle a token's user is anonymous here: {_listed(blind)}.",
+                    hint="Add django_concurrency_mw.drf.ConcurrencyThrottle to throttle_classes of the view, or to "
+                    "DEFAULT_THROTTLE_CLASSES of REST_FRAMEWORK; or `exclude` the view.",
+                    id="django_concurrency_mw.W004",
+                )
+            )
+    hidden = [
+        view for view in views if _overrides_throttles(view) and any(_meets(view, p, config) for p in config.table)
+    ]
+    if hidden:
+        messages.append(
+            Warning(
+                "get_throttles() is overridden, and the middleware leaves these views to the ConcurrencyThrottle in their "
+                f"throttle_classes: {_listed(hidden)}.",
+                hint="Make sure that get_throttles() returns it always, or nobody takes the policies; then silence this check.",
+                id="django_concurrency_mw.W005",
+            )
+        )
+    return messages
+
+
+class _ApiView(NamedTuple):
+    """A view of Django REST framework in the URL configuration."""
+
+    name: str
+    function: Any
+
+
+def _is_blind(view: _ApiView, policy: Policy, config: conf.Config) -> bool:
+    """Does the policy ask for the user of this view where nobody knows it?"""
+    words = isinstance(policy.when, str) and not is_dotted_path(policy.when)
+    return (
+        (policy.key.needs_user or words) and not _throttled(view) and _by_token(view) and _meets(view, policy, config)
+    )
+
+
+def _meets(view: _ApiView, policy: Policy, config: conf.Config) -> bool:
+    """Does the table give the policy to a method of this view?"""
+    if policy.overridable and getattr(view.function, MARK, False):
+        return False
+    function = _undone(view.function)
+    # A ViewSet's methods are made of its actions, for each request.
+    handled = getattr(function, "actions", None) or [
+        name for name in function.cls.http_method_names if hasattr(function.cls, name)
+    ]
+    return any(policy in config.table.match(view.name, method.upper()) for method in handled)
+
+
+def _throttled(view: _ApiView) -> bool:
+    return throttles_itself(view.function)
+
+
+def _overrides_throttles(view: _ApiView) -> bool:
+    from rest_framework.views import APIView
+
+    return _throttled(view) and _class_of(view.function).get_throttles is not APIView.get_throttles
+
+
+def _by_token(view: _ApiView) -> bool:
+    """Does it know users whom Django's own session does not?"""
+    from rest_framework.authentication import SessionAuthentication
+
+    function = _undone(view.function)
+    given = getattr(function, "initkwargs", None) or {}
+    classes = given.get("authentication_classes", function.cls.authentication_classes)
+    return not all(isinstance(found, type) and issubclass(found, SessionAuthentication) for found in classes)
+
+
+def _undone(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _class_of(function: Any) -> Any:
+    return getattr(_undone(function), "cls", None)
+
+
+def _api_views() -> list[_ApiView]:
+    """The views of Django REST framework, once for each name; none where nothing has imported it."""
+    from django.urls import get_resolver
+
+    if not getattr(settings, "ROOT_URLCONF", None):
+        return []
+    try:
+        entries = get_resolver().url_patterns
+    except ConfigurationError:  # of a decorator: E004 has the word
+        return []
+    framework = sys.modules.get("rest_framework.views")
+    return [] if framework is None else list(dict.fromkeys(_walk(entries, [], framework.APIView)))
+
+
+def _walk(entries: Iterable[Any], namespaces: list[str | None], kind: type) -> Iterator[_ApiView]:
+    from django.urls import ResolverMatch, URLPattern, URLResolver
+
+    for entry in entries:
+        if isinstance(entry, URLResolver):
+            yield from _walk(entry.url_patterns, [*namespaces, entry.namespace], kind)
+        elif isinstance(entry, URLPattern):
+            cls = _class_of(entry.callback)
+            if isinstance(cls, type) and issubclass(cls, kind):
+                match = ResolverMatch(entry.callback, (), {}, entry.name, namespaces=namespaces)
+                yield _ApiView(match.view_name, entry.callback)
+
+
+def _listed(views: Sequence[_ApiView]) -> str:
+    """The names of views, the first few of many."""
+    names = list(dict.fromkeys(view.name for view in views))
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _config() -> conf.Config | None:
@@ -178,8 +307,6 @@ def _may_count_by_address(policy: Policy) -> bool:
 
 def _is_ours(path: str) -> bool:
     """Does this entry of MIDDLEWARE name our middleware, or a subclass of it?"""
-    from .middleware import ConcurrencyLimitMiddleware
-
     if path == MIDDLEWARE:
         return True
     try:

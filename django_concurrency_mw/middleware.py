@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
@@ -16,6 +17,8 @@ from .limiter import admit, begin, conclude, end, join, policies_of
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
+
+    from .policies import Policy
 
 
 class ConcurrencyLimitMiddleware:
@@ -75,14 +78,14 @@ class ConcurrencyLimitMiddleware:
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
-        policies = policies_of(request, view, config)
+        policies = _policies(request, view, config)
         return run(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
 
     async def aprocess_view(
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
-        policies = policies_of(request, view, config)
+        policies = _policies(request, view, config)
         return await arun(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
 
 
@@ -92,3 +95,21 @@ def _abort(request: HttpRequest) -> None:
     lease = end(request)
     if lease is not None:
         lease.release()
+
+
+def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Config) -> tuple[Policy, ...]:
+    """What is to be taken here: nothing where the view's own throttle takes it."""
+    policies = policies_of(request, view, config)
+    return () if policies and throttles_itself(view) else policies
+
+
+def throttles_itself(view: Any) -> bool:
+    """Is this a view of Django REST framework with our throttle? It takes the table's policies when it knows the user."""
+    while isinstance(view, partial):
+        view = view.func
+    cls = getattr(view, "cls", None)
+    if cls is None:
+        return False
+    given = getattr(view, "initkwargs", None) or {}  # of as_view(), where @action(throttle_classes=...) goes too
+    throttles = given.get("throttle_classes", getattr(cls, "throttle_classes", None))
+    return any(getattr(throttle, "takes_concurrency_policies", False) for throttle in throttles or ())

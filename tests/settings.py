@@ -18,6 +18,8 @@ INSTALLED_APPS = [
     "django.contrib.contenttypes",
     "django.contrib.auth",
     "django.contrib.sessions",
+    "rest_framework",
+    "rest_framework.authtoken",
     "django_concurrency_mw",
 ]
 MIDDLEWARE = [
@@ -31,6 +33,8 @@ DATABASES = {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": str(_DATABASE),
         "TEST": {"NAME": str(_DATABASE)},
+        # Nothing in it has to survive the machine; each wait for the disk would cost every test its share.
+        "OPTIONS": {"init_command": "PRAGMA synchronous=OFF; PRAGMA journal_mode=MEMORY;"},
     }
 }
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
