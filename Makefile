@@ -5,19 +5,28 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo demo-redis test test-all check clean
 
 help:
-	@echo "make demo    start the example site under real servers, send bursts, see the caps hold"
-	@echo "make test    run the test suite"
-	@echo "make check   ruff, mypy, import-linter"
-	@echo "make clean   remove what these made, the virtual environment included"
+	@echo "make demo        start the example site under real servers, send bursts, see the caps hold"
+	@echo "make demo-redis  the same on two servers at once, with one Redis and one cap (needs redis-server)"
+	@echo "make test        run the test suite"
+	@echo "make test-all    run it on every supported Python and Django, and with every redis-py (half an hour)"
+	@echo "make check       ruff, mypy, import-linter"
+	@echo "make clean       remove what these made, the virtual environments included"
 
 demo: $(VENV)/.demo-stamp
 	@$(BIN)/python example_project/demo.py
 
+demo-redis: $(VENV)/.demo-stamp
+	@$(BIN)/python example_project/demo.py --redis
+
 test: $(VENV)/.dev-stamp
 	@$(BIN)/python -m pytest
+
+# One session of it: make test-all NOX="-s redis"
+test-all: $(VENV)/.dev-stamp
+	@$(BIN)/python -m nox $(NOX)
 
 check: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .
@@ -43,6 +52,6 @@ $(BIN)/python:
 		|| { rm -rf $(VENV); echo "The venv module is needed (Debian: apt install python3-venv)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f example_project/db.sqlite3
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,15 +1,19 @@
 """The demo: starts the example site under real servers, sends bursts at every kind of view, and shows the caps hold.
 
+With --redis: gunicorn and uvicorn at once, two worker processes each, on a Redis of the demo's own, every burst at both.
+
 What is admitted and how many were in flight is counted by the views themselves (example/gauge.py), not by the limiter.
 Exit status: 0 if every cap held, was reached, and no slot is left; 1 if not, or if a server did not start; 130 on Ctrl-C.
 """
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -46,6 +50,10 @@ HOLD = 0.5  # seconds that a view takes
 START_WITHIN = 20.0
 LET_GO_WITHIN = 2.0
 CLIENT_TIMEOUT = 20.0
+NO_REDIS = (
+    "no Redis server was found: install redis-server (Debian: apt install redis-server; macOS: brew install redis) or "
+    "valkey-server, or name the program in CONCURRENCY_TEST_REDIS_SERVER"
+)
 
 
 class DemoError(Exception):
@@ -143,12 +151,17 @@ def table_burst(kind: str, path: str, policy: str, per: str, cohorts: tuple[Coho
     return Burst(kind, path, policy, per, found.max_concurrent, cohorts, method, not found.block, found.status)
 
 
-def bursts(people: dict[str, dict[str, str]]) -> tuple[list[Burst], list[Burst]]:
-    """The bursts for the WSGI and for the ASGI server. `people`: user name -> the headers of their session."""
+def bursts(
+    people: dict[str, dict[str, str]], programs: dict[str, dict[str, str]]
+) -> tuple[list[Burst], list[Burst], list[Burst]]:
+    """The bursts for the WSGI server, for the ASGI server, and for both at once.
+
+    `people`: user name -> the headers of their session; `programs`: user name -> the headers with their token.
+    """
     from reports import views
 
-    def each(view: str) -> tuple[Cohort, ...]:
-        return tuple(Cohort(f"{view}:{name}", headers) for name, headers in people.items())
+    def each(view: str, clients: dict[str, dict[str, str]] = people) -> tuple[Cohort, ...]:
+        return tuple(Cohort(f"{view}:{name}", headers) for name, headers in clients.items())
 
     anybody = next(iter(people.values()))
     partners = tuple(Cohort(f"figures:{name}", {"X-Api-Key": key}) for key, name in views.PARTNERS.items())
@@ -160,12 +173,14 @@ def bursts(people: dict[str, dict[str, str]]) -> tuple[list[Burst], list[Burst]]
     class_view = table_burst("class", "/figures/", "partners", "API key", partners)
     sync_stream = table_burst("sync stream", "/download/north/", "downloads", "region", (Cohort("download:north"),))
     async_stream = table_burst("async stream", "/feed/", "live-feeds", "session", each("feed"))
+    api = table_burst("DRF, token", "/api/orders/", "api-users", "user", each("orders", programs))
     decorated = Burst("decorator", "/dashboard/", "dashboard", "all", cap, dashboard)
     named = table_burst("policy=", "/rebuild/", "heavy-jobs", "all", (Cohort("rebuild", anybody),), "POST")
     shadow = table_burst("shadow", "/search/", "site-shadow", "address", (Cohort("search"),))
     return (
-        [sync_page, async_job, class_view, sync_stream, decorated, named, shadow],
-        [sync_page, async_job, class_view, async_stream, decorated, named, shadow],
+        [sync_page, async_job, class_view, sync_stream, api, decorated, named, shadow],
+        [sync_page, async_job, class_view, async_stream, api, decorated, named, shadow],
+        [sync_page, async_job, class_view, sync_stream, async_stream, api, decorated, named, shadow],
     )
 
 
@@ -208,6 +223,15 @@ def log_in(*names: str) -> dict[str, dict[str, str]]:
     return people
 
 
+def tokens(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Name -> the headers that a program of this user would send."""
+    from django.contrib.auth.models import User
+    from rest_framework.authtoken.models import Token
+
+    made = {name: Token.objects.create(user=User.objects.get(username=name)) for name in names}
+    return {name: {"Authorization": f"Token {token.key}"} for name, token in made.items()}
+
+
 # -- the servers ------------------------------------------------------------------------------------------------------
 
 
@@ -237,12 +261,12 @@ COMMANDS = {"gunicorn": gunicorn, "uvicorn": uvicorn}
 
 
 @contextmanager
-def serving(name: str, title: str, processes: int, directory: Path) -> Iterator[Server]:
+def serving(name: str, title: str, processes: int, directory: Path, gauge_file: Path) -> Iterator[Server]:
     """Run a server for the length of the block, on a port that was free a moment ago (and else on another)."""
     process: subprocess.Popen[bytes] | None = None
     try:
         for attempt in range(3):
-            server = Server(title, free_port(), directory / f"{name}.gauge", directory / f"{name}-{attempt}.log")
+            server = Server(title, free_port(), gauge_file, directory / f"{name}-{attempt}.log")
             with server.log.open("wb") as log:
                 process = subprocess.Popen(
                     COMMANDS[name](server.port, processes),
@@ -264,6 +288,48 @@ def serving(name: str, title: str, processes: int, directory: Path) -> Iterator[
     finally:
         if process is not None:
             stop(process)
+
+
+def redis_program() -> str:
+    """Raises: DemoError that says what to install."""
+    named = os.environ.get("CONCURRENCY_TEST_REDIS_SERVER")
+    for name in (named,) if named else ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    raise DemoError(NO_REDIS)
+
+
+@contextmanager
+def a_redis(directory: Path) -> Iterator[str]:
+    """A Redis on a free port for the length of the block, without persistence. Gives its URL."""
+    import redis
+
+    port = free_port()
+    log = directory / "redis.log"
+    options = ["--port", str(port), "--bind", HOST, "--save", "", "--appendonly", "no", "--dir", str(directory)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [redis_program(), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_WITHIN
+        with redis.Redis(host=HOST, port=port) as client:
+            while True:
+                try:
+                    client.ping()
+                    break
+                except redis.RedisError as error:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        words = log.read_text(errors="replace")[-2000:]
+                        raise DemoError(f"the Redis did not start. Its last words:\n{words}") from error
+                    time.sleep(0.02)
+        yield f"redis://{HOST}:{port}/0"
+    finally:
+        stop(process)
 
 
 def free_port() -> int:
@@ -293,11 +359,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End the server and whatever it started."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session, so these are its own processes only
-            process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session, so these are its own processes only
+    process.wait()
 
 
 def last_words(server: Server) -> str:
@@ -336,27 +402,31 @@ def held(server: Server) -> list[str]:
     return [holder["policy"] for holder in json.loads(answer.body)["held"]]
 
 
-def send(server: Server, burst: Burst) -> Outcome:
-    """Send one burst, watch the store meanwhile, and wait until every slot is given back."""
-    senders = [cohort for cohort in burst.cohorts for _ in range(AT_ONCE // len(burst.cohorts))]
+def send(servers: Sequence[Server], burst: Burst) -> Outcome:
+    """Send one burst, watch the store meanwhile, and wait until every slot is given back.
+
+    Several servers get a share of every cohort; they have one store and one gauge.
+    """
+    each = AT_ONCE // len(burst.cohorts)
+    senders = [(cohort, servers[number % len(servers)]) for cohort in burst.cohorts for number in range(each)]
     together = threading.Barrier(len(senders), timeout=CLIENT_TIMEOUT)
     answers: list[Answer] = []
 
-    def client(cohort: Cohort) -> None:
+    def client(cohort: Cohort, server: Server) -> None:
         path = f"{burst.path}?seconds={HOLD}"
         answers.append(ask(server.port, burst.method, path, cohort.headers, together))
 
-    threads = [threading.Thread(target=client, args=(cohort,), daemon=True) for cohort in senders]
+    threads = [threading.Thread(target=client, args=sender, daemon=True) for sender in senders]
     for thread in threads:
         thread.start()
     seen = 0
     while any(thread.is_alive() for thread in threads):
-        seen = max(seen, held(server).count(burst.policy))
+        seen = max(seen, held(servers[0]).count(burst.policy))
         time.sleep(0.05)
     deadline = time.monotonic() + LET_GO_WITHIN
-    while (left := len(held(server))) and time.monotonic() < deadline:
+    while (left := len(held(servers[0]))) and time.monotonic() < deadline:
         time.sleep(0.02)
-    counted = gauge.read(server.gauge_file)
+    counted = gauge.read(servers[0].gauge_file)
     readings = [counted.get(cohort.gauge, gauge.Reading()) for cohort in burst.cohorts]
     return Outcome(burst, answers, readings, seen, left)
 
@@ -415,15 +485,22 @@ def as_the_client_sees_it(answer: Answer) -> Panel:
     return Panel(Group(head, body), title="one rejection, as the client sees it", title_align="left")
 
 
-def next_steps() -> str:
+def next_steps(both: bool) -> str:
     python = Path(sys.executable)
     command = str(python.relative_to(ROOT) if python.is_relative_to(ROOT) else python)
     manage = f"{escape(command)} example_project/manage.py"
+    make = "make demo-redis" if both else "make demo"
+    other = (
+        "  all of it on a Redis of yours: [cyan]EXAMPLE_REDIS_URL=redis://127.0.0.1:6379/0 make demo[/]"
+        if both
+        else "  one cap over two servers and four processes: [cyan]make demo-redis[/] (it needs redis-server)"
+    )
     return "\n".join(
         (
             "[bold]What to try next[/]",
-            "  change a number in [cyan]policies.example.yaml[/] and run [cyan]make demo[/] again",
-            "  see it fail without the limits: [cyan]EXAMPLE_LIMITS_OFF=1 make demo[/]",
+            f"  change a number in [cyan]policies.example.yaml[/] and run [cyan]{make}[/] again",
+            f"  see it fail without the limits: [cyan]EXAMPLE_LIMITS_OFF=1 {make}[/]",
+            other,
             "  in a browser, logged in as alice with the password demo:",
             *(f"    [cyan]{manage} {word}[/]" for word in ("migrate", "demo_users", "runserver")),
             "  in your own site: the middleware and ten lines of YAML, see [cyan]README.md[/]",
@@ -431,35 +508,59 @@ def next_steps() -> str:
     )
 
 
-def run(console: Console, directory: Path) -> list[str]:
+@dataclass(frozen=True)
+class Section:
+    """One table of the demo: the bursts, and the servers (name -> title) that get each of them together."""
+
+    title: str
+    servers: dict[str, str]
+    sends: list[Burst]
+
+
+def sections(both: bool, processes: int) -> list[Section]:
+    """What there is to see: each server on its own, or both at once."""
+    people = log_in("alice", "bob")
+    for_wsgi, for_asgi, for_both = bursts(people, tokens(people))
+    if both:
+        title = f"gunicorn {processes}x{THREADS} and uvicorn x{processes}, one Redis"
+        return [Section(title, {"gunicorn": "gunicorn", "uvicorn": "uvicorn"}, for_both)]
+    wsgi, asgi = f"gunicorn (WSGI, gthread, {THREADS} threads)", "uvicorn (ASGI)"
+    return [Section(wsgi, {"gunicorn": wsgi}, for_wsgi), Section(asgi, {"uvicorn": asgi}, for_asgi)]
+
+
+def run(console: Console, directory: Path, both: bool) -> list[str]:
     """The whole demo. Returns what went wrong."""
     from django_concurrency_mw import conf
 
     prepare(directory)
     store = conf.current().backends["default"].backend
     processes = 1 if store == "memory" else 2  # what one process counts, another does not see
-    console.print(f"store: [bold]{store}[/], {processes} process{'es' if processes > 1 else ''}\n")
-    for_wsgi, for_asgi = bursts(log_in("alice", "bob"))
+    number = f"{processes} process{'es' if processes > 1 else ''}"
+    console.print(f"store: [bold]{store}[/], {number}{' of each server' if both else ''}\n")
     utf8 = console.encoding.startswith("utf")
     marks = ("✓", "✗") if utf8 else ("ok", "NO")
     faults: list[str] = []
     example: Answer | None = None
-    for name, title, sends in (
-        ("gunicorn", f"gunicorn (WSGI, gthread, {THREADS} threads)", for_wsgi),
-        ("uvicorn", "uvicorn (ASGI)", for_asgi),
-    ):
-        table = new_table(title)
-        with serving(name, title, processes, directory) as server, growing(table, console):
+    for section in sections(both, processes):
+        table = new_table(section.title)
+        label = " and ".join(section.servers)
+        gauge_file = directory / f"{'-'.join(section.servers)}.gauge"
+        with ExitStack() as stack:
+            servers = [
+                stack.enter_context(serving(name, title, processes, directory, gauge_file))
+                for name, title in section.servers.items()
+            ]
+            stack.enter_context(growing(table, console))
             odd = False
-            for burst in sends:
-                outcome = send(server, burst)
+            for burst in section.sends:
+                outcome = send(servers, burst)
                 add(table, outcome, *marks)
-                faults += [f"{name}: {fault}" for fault in outcome.faults()]
+                faults += [f"{label}: {fault}" for fault in outcome.faults()]
                 odd = odd or any(answer.status not in (200, burst.status) for answer in outcome.answers)
                 if example is None and outcome.rejected:
                     example = outcome.rejected[0]
         if odd:
-            faults.append(f"the last words of {name}:\n{last_words(server)}")
+            faults += [f"the last words of {server.title}:\n{last_words(server)}" for server in servers]
     console.print("[dim]Counted by the views, not by the limiter; with two users or keys, for each.[/]\n")
     if example is not None:
         console.print(as_the_client_sees_it(example))
@@ -471,12 +572,18 @@ def terminated(signum: int, frame: object) -> NoReturn:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Shows the caps of the example site hold under real servers.")
+    parser.add_argument("--redis", action="store_true", help="gunicorn and uvicorn at once, on one Redis of its own")
+    both: bool = parser.parse_args().redis
     signal.signal(signal.SIGTERM, terminated)
     console = Console(highlight=False)
     begun = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="concurrency-demo-") as directory:
-            faults = run(console, Path(directory))
+        with tempfile.TemporaryDirectory(prefix="concurrency-demo-") as name, ExitStack() as stack:
+            directory = Path(name)
+            if both:
+                os.environ["EXAMPLE_REDIS_URL"] = stack.enter_context(a_redis(directory))
+            faults = run(console, directory, both)
     except KeyboardInterrupt:
         console.print("\nstopped")
         return 130
@@ -488,7 +595,7 @@ def main() -> int:
     if faults:
         return 1
     console.print(f"\n[bold green]Every cap held.[/] {time.monotonic() - begun:.0f} seconds\n")
-    console.print(next_steps(), soft_wrap=True)
+    console.print(next_steps(both), soft_wrap=True)
     return 0
 
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -37,27 +37,35 @@ def uvicorn(port: int, *options: str) -> list[str]:
 
 
 @contextmanager
-def running(command: list[str], port: int, gauge_file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, ready; stopped by its pid. Its output is in the message of whatever goes wrong."""
+def running(
+    command: list[str], port: int, gauge_file: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, ready; stopped with all its workers. Its output is in the message of whatever goes wrong.
+
+    `env` has variables instead of the one that makes the views count in `gauge_file`.
+    """
     log = gauge_file.with_suffix(f".{port}.log")
     environment = {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.server_settings",
-        "TEST_GAUGE_FILE": str(gauge_file),
         "PYTHONPATH": str(ROOT),
+        **({"TEST_GAUGE_FILE": str(gauge_file)} if env is None else env),
     }
     with log.open("wb") as output:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         _wait_until_ready(server, port, log)
         yield server
     finally:
         server.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        # It has a session of its own, so these are its own processes: those that it did not stop itself.
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:

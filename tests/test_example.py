@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import Run
+from .conftest import ROOT, Run
+from .redis_server import RedisServer
+from .redis_server import binary as redis_program
 
 
 def test_the_example_site_passes_its_checks(run_python: Run) -> None:
@@ -34,7 +37,7 @@ def test_the_demo_shows_every_cap_hold(run_python: Run, tmp_path: Path) -> None:
         "store: ",
         "gunicorn",
         "uvicorn",
-        *("user-reports", "exports", "partners", "downloads", "live-feeds", "heavy-jobs", "site-shadow"),
+        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
         "dashboard",
         "3, 3",
         "HTTP/1.1 429 Too Many Requests",
@@ -45,6 +48,69 @@ def test_the_demo_shows_every_cap_hold(run_python: Run, tmp_path: Path) -> None:
     ):
         assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_one_cap_hold_over_two_servers(run_python: Run, tmp_path: Path) -> None:
+    """Two worker processes of each, one Redis of the demo's own; it leaves nothing behind."""
+    env = {"TMPDIR": str(tmp_path), "CONCURRENCY_TEST_REDIS_SERVER": redis_program()}
+    done = run_python("example_project/demo.py", "--redis", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (
+        "store: redis, 2 processes of each server",
+        "gunicorn 2x32 and uvicorn x2, one Redis",
+        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
+        "3, 3",
+        "Every cap held.",
+        "make demo-redis",
+    ):
+        assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_redis_server_the_demo_says_what_to_install(run_python: Run, tmp_path: Path) -> None:
+    env = {"TMPDIR": str(tmp_path), "PATH": str(tmp_path), "CONCURRENCY_TEST_REDIS_SERVER": ""}
+    done = run_python("example_project/demo.py", "--redis", env=env)
+    assert done.returncode == 1
+    assert "no Redis server was found: install redis-server" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_one_variable_puts_the_example_on_redis(run_python: Run, tmp_path: Path, redis_server: RedisServer) -> None:
+    """EXAMPLE_REDIS_URL: a request to the site takes a slot there, and the look at what is held reads it from there."""
+    program = (
+        "import django; django.setup()\n"
+        "from django.core.management import call_command; call_command('migrate', verbosity=0)\n"
+        "call_command('demo_users')\n"
+        "from django.test import Client\n"
+        "from rest_framework.authtoken.models import Token\n"
+        "token = Token.objects.get(user__username='alice').key\n"
+        "for sent in (token, 'wrong'):\n"
+        "    path, header = '/api/orders/?seconds=0', {'authorization': 'Token ' + sent}\n"
+        "    print(Client().get(path, headers=header, SERVER_NAME='localhost').status_code)\n"
+        "print(Client().get('/-/held/', SERVER_NAME='localhost').json()['held'])\n"
+    )
+    with redis_server.client() as client:
+        before = _evalshas(client)
+        done = run_python(
+            *("-W", "error", "-c", program),
+            env={
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'example_project'}",
+                "DJANGO_SETTINGS_MODULE": "example.settings",
+                "EXAMPLE_DATABASE": str(tmp_path / "db.sqlite3"),
+                "EXAMPLE_REDIS_URL": redis_server.url,
+            },
+        )
+        assert done.returncode == 0, done.stderr
+        alice, bob, *rest = done.stdout.splitlines()
+        assert alice.startswith("alice (password: demo; for the API: Authorization: Token ")
+        assert bob.startswith("bob (")
+        assert rest == ["200", "401", "[]"]
+        assert _evalshas(client) == before + 1
+
+
+def _evalshas(client: Any) -> int:
+    stats = client.info("commandstats")
+    return sum(int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval"))
 
 
 def test_the_demo_fails_when_nothing_is_limited(run_python: Run) -> None:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from django_concurrency_mw import conf, signals
+from django_concurrency_mw.backends import get_backend
 from django_concurrency_mw.fields import FIELDS
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Slot, Taken
+from django_concurrency_mw.tokens import new_token
+
+from .redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -146,9 +152,20 @@ def test_the_settings_for_a_proxy_are_good(tmp_path: Path) -> None:
     assert config.trusted.unix
 
 
+def test_the_settings_for_redis_are_good(tmp_path: Path, redis_server: RedisServer) -> None:
+    (tmp_path / "policies.yaml").write_text(block("yaml", "report-exports"))
+    names: dict[str, object] = {"BASE_DIR": tmp_path}
+    exec(block("python", '"BACKEND": "redis"').replace("127.0.0.1:6379", f"127.0.0.1:{redis_server.port}"), names)
+    config = conf.compile_settings(names["CONCURRENCY_LIMIT"])
+    store = get_backend("default", config.backends)
+    slot = Slot("readme", make_key("k"), 1, 60.0, new_token())
+    assert isinstance(store.take([slot]), Taken)
+    store.give([slot])
+
+
 def test_every_snippet_has_been_run() -> None:
     """A new one is not printed without a test that runs it."""
-    assert (len(blocks("python")), len(blocks("yaml")), len(blocks("console"))) == (4, 1, 2)
+    assert (len(blocks("python")), len(blocks("yaml")), len(blocks("console"))) == (5, 1, 2)
 
 
 def test_both_commands_are_there_and_run() -> None:

@@ -8,14 +8,16 @@ From the repository's root:
     uvicorn --app-dir example_project example.asgi:application
 
 Environment: EXAMPLE_DEBUG (1; 0 turns it off), EXAMPLE_SECRET_KEY (needed when it is off), EXAMPLE_DATABASE (the SQLite
-file), EXAMPLE_SECONDS (how long a slow view takes), EXAMPLE_GAUGE_FILE (see gauge.py), EXAMPLE_HELD (1 shows /-/held/
-without debug), EXAMPLE_LIMITS_OFF (1: see what happens without limits).
+file), EXAMPLE_REDIS_URL (one count over all processes that have it: then add `--workers 2` to either server),
+EXAMPLE_SECONDS (how long a slow view takes), EXAMPLE_GAUGE_FILE (see gauge.py), EXAMPLE_HELD (1 shows /-/held/ without
+debug), EXAMPLE_LIMITS_OFF (1: see what happens without limits).
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 REPOSITORY = BASE_DIR.parent
@@ -28,6 +30,8 @@ INSTALLED_APPS = [
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
+    "rest_framework",
+    "rest_framework.authtoken",
     "django_concurrency_mw",
     "reports",
 ]
@@ -40,10 +44,21 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware",
 ]
-CONCURRENCY_LIMIT = {
+CONCURRENCY_LIMIT: dict[str, Any] = {
     "POLICIES": REPOSITORY / "policies.example.yaml",
     "ENABLED": os.environ.get("EXAMPLE_LIMITS_OFF") != "1",
 }
+# Without it: memory, which counts in one process.
+if EXAMPLE_REDIS_URL := os.environ.get("EXAMPLE_REDIS_URL"):
+    CONCURRENCY_LIMIT["BACKENDS"] = {
+        "default": {
+            "BACKEND": "redis",
+            "LOCATION": EXAMPLE_REDIS_URL,
+            "KEY_PREFIX": "example",
+            # Seconds until ON_BACKEND_ERROR decides; more than the default, for a laptop that runs clients and servers alike.
+            "OPTIONS": {"socket_timeout": 1.0},
+        }
+    }
 
 ROOT_URLCONF = "example.urls"
 WSGI_APPLICATION = "example.wsgi.application"

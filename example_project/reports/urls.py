@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from . import views
+from . import api, views
 
 app_name = "reports"
 urlpatterns = [
@@ -19,4 +19,5 @@ urlpatterns = [
     path("rebuild/", views.rebuild, name="rebuild"),
     path("search/", views.search, name="search"),
     path("status/", views.status, name="status"),
+    path("api/orders/", api.OrdersView.as_view(), name="api-orders"),
 ]

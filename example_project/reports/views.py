@@ -18,6 +18,7 @@ from django.template.response import TemplateResponse
 from django.views import View
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 from example import gauge
+from rest_framework.request import Request
 
 from django_concurrency_mw import concurrency_limit
 
@@ -30,7 +31,7 @@ LONGEST = 5.0
 STREAM_PARTS = 10
 
 
-def seconds(request: HttpRequest) -> float:
+def seconds(request: HttpRequest | Request) -> float:
     """How long the view takes: `?seconds=`, else EXAMPLE_SECONDS; from 0 to 5."""
     try:
         wanted = float(request.GET["seconds"])

@@ -7,13 +7,16 @@ from typing import Any
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
+from rest_framework.authtoken.models import Token
 
 NAMES = ("alice", "bob")
 PASSWORD = "demo"
 
 
 class Command(BaseCommand):
-    help = f"Creates the users {', '.join(NAMES)} with the password {PASSWORD!r}. Only with EXAMPLE_DEBUG on."
+    help = (
+        f"Creates the users {', '.join(NAMES)}, password {PASSWORD!r}, and tells their tokens. Only with EXAMPLE_DEBUG."
+    )
 
     def handle(self, *args: Any, **options: Any) -> None:
         if not settings.DEBUG:
@@ -23,4 +26,6 @@ class Command(BaseCommand):
             if made:
                 user.set_password(PASSWORD)
                 user.save()
-            self.stdout.write(f"{name} (password: {PASSWORD})" if made else f"{name} is there already")
+            token, _ = Token.objects.get_or_create(user=user)
+            known = f"password: {PASSWORD}" if made else "there already"
+            self.stdout.write(f"{name} ({known}; for the API: Authorization: Token {token.key})")

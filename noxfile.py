@@ -1,0 +1,57 @@
+"""`make test-all`: the suite on every Python and Django that the package is for, and the Redis tests on every redis-py.
+
+Interpreters come from PATH. Where pyenv is there, the newest of its versions of each Python stand before the rest of PATH.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import nox
+
+#: Python -> the Djangos that run on it.
+CELLS = {"3.11": ("5.2",), "3.12": ("5.2", "6.0", "6.1"), "3.13": ("5.2", "6.0", "6.1")}
+REDIS_PY = ("5", "6", "7", "8")
+REDIS_TESTS = ("tests/test_redis.py", "tests/test_steps.py", "tests/test_servers_redis.py")
+#: It is about the Makefile and its own virtual environment, not about the one that a session makes.
+NOT_HERE = "--deselect=tests/test_readme.py::test_both_commands_are_there_and_run"
+
+nox.needs_version = ">=2024.4.15"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+
+def _add_pyenv() -> None:
+    """Its shims know only the versions that are switched on, so the versions themselves go before them."""
+    if shutil.which("pyenv") is None:
+        return
+    root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
+    bare = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True, check=True).stdout
+    newest: dict[str, int] = {}
+    for minor, patch in re.findall(r"^(\d+\.\d+)\.(\d+)$", bare, re.MULTILINE):
+        if minor in CELLS:
+            newest[minor] = max(newest.get(minor, 0), int(patch))
+    folders = [os.path.join(root, "versions", f"{minor}.{patch}", "bin") for minor, patch in newest.items()]
+    os.environ["PATH"] = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+
+
+_add_pyenv()
+
+
+@nox.session
+@nox.parametrize("python,django", [(python, django) for python, djangos in CELLS.items() for django in djangos])
+def tests(session: nox.Session, django: str) -> None:
+    """The whole suite; arguments after `--` go to pytest."""
+    session.install("--quiet", "--editable", ".[redis,test]", f"django=={django}.*")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", NOT_HERE, *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("redis_py", REDIS_PY)
+def redis(session: nox.Session, redis_py: str) -> None:
+    """The Redis tests on one major version of redis-py."""
+    session.install("--quiet", "--editable", ".[redis,test]", "django==5.2.*", f"redis=={redis_py}.*")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or REDIS_TESTS))
