@@ -154,7 +154,14 @@ def backends(request: pytest.FixtureRequest) -> dict[str, Any]:
     if request.param == "memory":
         return {"default": {"BACKEND": "memory", "KEY_PREFIX": prefix}}
     server: RedisServer = request.getfixturevalue("redis_server")
-    return {"default": {"BACKEND": "redis", "LOCATION": server.url, "KEY_PREFIX": prefix}}
+    return {
+        "default": {
+            "BACKEND": "redis",
+            "LOCATION": server.url,
+            "KEY_PREFIX": prefix,
+            "OPTIONS": {"socket_timeout": 2},
+        }
+    }
 
 
 def per_user(limit: int = 1, **fields: Any) -> dict[str, Any]:

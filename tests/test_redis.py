@@ -55,10 +55,12 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
 
 @pytest.fixture
 def through_proxy(proxy: Proxy, prefix: str) -> Iterator[RedisBackend]:
-    yield from made(proxy.url, prefix)
+    yield from made(proxy.url, prefix, socket_timeout=0.25)
 
 
 def made(url: str, prefix: str, **options: Any) -> Iterator[RedisBackend]:
+    # A busy machine may answer late; what a deadline is about has its own tests, through_proxy.
+    options = {"socket_timeout": 2, **options}
     store = RedisBackend(BackendConfig("default", "redis", url, prefix, options))
     yield store
     store.close()

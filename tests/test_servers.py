@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from .support import wait_until
 CLIENTS = 64
 SECONDS = 3.0
 CAP = 5
+AT_LEAST = 50
+#: How often the crowd comes at most, until enough of it was admitted: a busy machine admits as exactly, but fewer.
+ROUNDS = 4
 
 SERVERS: dict[str, Callable[[int], list[str]]] = {
     "gunicorn gthread 1x32": lambda port: gunicorn(port, "--workers", "1", "--threads", "32"),
@@ -33,13 +37,17 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cap_holds_is_reached_and_nothing_is_left(server: tuple[int, Path], kind: str) -> None:
     port, gauge_file = server
-    statuses = crowd(port, f"/busy/{kind}/", CLIENTS, SECONDS)
-    assert wait_until(lambda: held(port) == [])
-    reading = gauge.read(str(gauge_file))[kind]
+    statuses: Counter[int] = Counter()
+    for _ in range(ROUNDS):
+        statuses += crowd(port, f"/busy/{kind}/", CLIENTS, SECONDS)
+        assert wait_until(lambda: held(port) == [])
+        reading = gauge.read(str(gauge_file))[kind]
+        if reading.admitted >= AT_LEAST:
+            break
     print(f"{kind}: {dict(statuses)}, {reading}")
     assert reading.most == CAP, "never above the cap, and reached"
     assert reading.inside == 0
-    assert reading.admitted >= 50
+    assert reading.admitted >= AT_LEAST
     admitted = 500 if kind == "raising" else 200
     assert set(statuses) == {admitted, 429}, "an answer that neither the view nor the limit gave"
     assert statuses[admitted] == reading.admitted

@@ -21,6 +21,8 @@ from .support import wait_until
 
 CLIENTS = 64
 CAP = 5
+#: How often a crowd comes at most, until enough of it was admitted: a busy machine admits as exactly, but fewer.
+ROUNDS = 4
 PREFIX = "servers"
 #: Who is asked -> seconds, and how many have to be admitted at least (250 a second are possible).
 CROWDS = {
@@ -67,19 +69,24 @@ def test_one_cap_holds_over_all_workers_is_reached_and_nothing_is_left(
     with site.witness.client() as client:
         client.flushdb()
         each = CLIENTS // len(asked)
-        with ThreadPoolExecutor() as crowds:
-            counted = crowds.map(lambda name: crowd(site.ports[name], f"/busy/{kind}/", each, seconds), asked)
-            by_server = dict(zip(asked, counted, strict=True))
-        assert wait_until(lambda: site.limiter.held(PREFIX) == 0)
-        reading = gauge.read_redis(client, kind)
+        by_server: dict[str, Counter[int]] = {name: Counter() for name in asked}
+        for _ in range(ROUNDS):
+            with ThreadPoolExecutor() as crowds:
+                counted = crowds.map(lambda name: crowd(site.ports[name], f"/busy/{kind}/", each, seconds), asked)
+                for name, statuses in zip(asked, counted, strict=True):
+                    by_server[name] += statuses
+            assert wait_until(lambda: site.limiter.held(PREFIX) == 0)
+            reading = gauge.read_redis(client, kind)
+            if reading.admitted >= at_least:
+                break
     print(f"{kind}: {by_server}, {reading}, redis {site.limiter.version}")
-    statuses: Counter[int] = sum(by_server.values(), Counter())
+    total: Counter[int] = sum(by_server.values(), Counter())
     assert reading.most == CAP, "never above the cap, and reached"
     assert reading.inside == 0
     assert reading.admitted >= at_least
     admitted = 500 if kind == "raising" else 200
-    assert set(statuses) == {admitted, 429}, "an answer that neither the view nor the limit gave"
-    assert statuses[admitted] == reading.admitted
+    assert set(total) == {admitted, 429}, "an answer that neither the view nor the limit gave"
+    assert total[admitted] == reading.admitted
     assert all(by_server.values()), "a server that gave no answer"
 
 

@@ -94,7 +94,7 @@ def memory(request: pytest.FixtureRequest) -> BaseBackend:
 
 def redis(request: pytest.FixtureRequest) -> BaseBackend:
     server: RedisServer = request.getfixturevalue("redis_server")
-    return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}"))
+    return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}", {"socket_timeout": 2}))
 
 
 #: name -> a fresh store

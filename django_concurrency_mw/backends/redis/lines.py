@@ -30,7 +30,7 @@ from .wire import RENEW, TAKE, pack
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
 #: Connections that one call may use up, within its deadline, before the store counts as failing.
-TRIES = 20
+TRIES = 100
 
 
 class Line:

@@ -31,7 +31,7 @@ DEAD_AFTER = 2
 #: Commands unanswered at most.
 MOST = 20_000
 #: Attempts to connect that may fail in a row, each in a way that passes, before those who wait are told.
-TRIES = 10
+TRIES = 50
 #: Seconds until the next attempt to connect, at most. (At 0.5 a store that was back was found after 0.59 s.)
 BACK_OFF = 0.25
 
