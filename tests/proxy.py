@@ -126,6 +126,9 @@ class Proxy:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports close in a later turn of the loop
 
     async def _cut(self) -> None:
         for task in list(self._tasks):
