@@ -73,8 +73,10 @@ class Proxy:
             return
         try:
             upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
-        except OSError:
+        except BaseException as error:  # a stop comes as a cancel
             writer.transport.abort()
+            if not isinstance(error, OSError):
+                raise
             return
         self._writers |= {writer, upstream_writer}
         self._keep(self._pump(reader, upstream_writer, False))
@@ -128,7 +130,7 @@ class Proxy:
         await asyncio.gather(*others, return_exceptions=True)
         for writer in list(self._writers):
             writer.transport.abort()
-        await asyncio.sleep(0.01)  # transports close in a later turn of the loop
+        await asyncio.sleep(0.01)  # for the transports to close
 
     async def _cut(self) -> None:
         for task in list(self._tasks):

@@ -137,12 +137,9 @@ class TestOneScript:
         assert proxy.sent[0].count(b"EVALSHA") == 1
         assert proxy.sent[1].count(b"ZREM") == 3
         inside = {"evalsha", "time", "zcard", "zadd", "pttl", "pexpire", "zrem"}
-        ours = {name.removeprefix("cmdstat_") for name in stats} - {
-            "info",
-            "config|resetstat",
-            "hello",
-            "client|setinfo",
-        }
+        # Of the test's own clients. Redis 6.2 names no subcommands.
+        theirs = {"info", "config", "config|resetstat", "hello", "client", "client|setinfo"}
+        ours = {name.removeprefix("cmdstat_") for name in stats} - theirs
         assert ours == inside, "something else was sent"
 
     def test_a_flushed_script_is_not_noticed(self, store: RedisBackend, redis_server: RedisServer) -> None:
