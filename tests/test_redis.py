@@ -33,6 +33,9 @@ from .proxy import Proxy, between
 from .redis_server import RedisServer
 from .support import exit_code, wait_until
 
+#: The proxy's own sockets, when it is stopped in the middle of a connection. Those of the store are counted at the server.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket")
+
 _numbers = count()
 
 

@@ -30,7 +30,7 @@ LOST = (RedisError, OSError, EOFError, asyncio.TimeoutError)
 DEAD_AFTER = 2
 #: Commands unanswered at most.
 MOST = 20_000
-#: Attempts to connect that may fail in a row, each in a way that passes, before those who wait are told.
+#: Attempts to connect that may fail in a row, each in a way that passes, before new calls are refused for a while.
 TRIES = 50
 #: Seconds until the next attempt to connect, at most. (At 0.5 a store that was back was found after 0.59 s.)
 BACK_OFF = 0.25
@@ -67,7 +67,7 @@ class Mux:
         self._timer: asyncio.TimerHandle | None = None
         self._client: int | None = None
         self._error: BaseException | None = None
-        self._not_before = self._heard = self._connected_at = 0.0
+        self._next_try = self._not_before = self._heard = self._connected_at = 0.0
         self._failures = 0
         self.connects = self.errors = self.dropped = 0
 
@@ -169,7 +169,7 @@ class Mux:
         error: BaseException | None
         try:
             while True:
-                await asyncio.sleep(max(0, self._not_before - self.loop.time()))
+                await asyncio.sleep(max(0, self._next_try - self.loop.time()))
                 try:
                     conn = await self._connect()
                     await self._send_again(conn)
@@ -249,18 +249,19 @@ class Mux:
     def _failed(self, error: BaseException | None, *, connected: bool) -> None:
         self._error = error
         if connected and self._heard > self._connected_at:  # it did work: try again at once
-            self._failures, self._not_before = 0, 0.0
+            self._failures, self._next_try, self._not_before = 0, 0.0, 0.0
             return
         self._failures += 1
-        if self._failures < TRIES and not is_final(error):
-            # It was cut while it was being made, say: those who wait have their own deadlines.
-            self._not_before = self.loop.time() + 0.01
+        if not is_final(error) and self._failures < TRIES:
+            # It was cut while it was being made, say. Those who wait have their own deadlines, and more may come.
+            self._next_try = self.loop.time() + 0.01
             return
         wait = min(BACK_OFF, 0.05 * 2 ** min(self._failures, 6)) * (0.5 + random.random() / 2)
-        self._not_before = self.loop.time() + wait
-        for command in self._unanswered:
-            if command.waiter is not None and not command.waiter.done():
-                command.waiter.set_exception(ConnectionError(f"Redis cannot be reached: {error!r}"))
+        self._next_try = self._not_before = self.loop.time() + wait
+        if is_final(error):
+            for command in self._unanswered:
+                if command.waiter is not None and not command.waiter.done():
+                    command.waiter.set_exception(ConnectionError(f"Redis cannot be reached: {error!r}"))
 
     def _prune(self) -> bool:
         """Drop what need not be sent again; is anything left?"""
