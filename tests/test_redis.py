@@ -471,6 +471,20 @@ class TestLoops:
         assert admitted[0] > 200
         assert drained(redis_server, prefix), redis_server.held(prefix)
 
+    def test_a_late_reply_leaves_no_slot(self, through_proxy: RedisBackend, proxy: Proxy) -> None:
+        """Nobody but the store itself can release it in time: behind the acquire, on its connection."""
+
+        async def main() -> None:
+            await through_proxy.atake([slot("warm")])
+            proxy.delay = lambda: 0.4
+            with pytest.raises(BackendError):
+                await through_proxy.atake([slot("late")])
+            proxy.delay = lambda: 0.0
+            await asyncio.sleep(1)
+
+        asyncio.run(main())
+        assert wait_until(lambda: [holder.policy for holder in through_proxy.snapshot()] == ["warm"], 3)
+
     def test_200_loops_leave_no_socket(self, store: RedisBackend, redis_server: RedisServer, prefix: str) -> None:
         async def request() -> None:
             mine = slot(limit=10_000)
