@@ -35,6 +35,7 @@ class Proxy:
         self.record = False
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -47,6 +48,10 @@ class Proxy:
 
     def cut(self) -> None:
         asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(5)
+
+    def cut_clients(self) -> None:
+        """Close the clients' side alone: what they have sent still arrives, when its delay is over."""
+        asyncio.run_coroutine_threadsafe(self._cut_clients(), self._loop).result(5)
 
     def stop(self) -> None:
         self.cut()
@@ -79,6 +84,7 @@ class Proxy:
                 raise
             return
         self._writers |= {writer, upstream_writer}
+        self._clients.add(writer)
         self._keep(self._pump(reader, upstream_writer, False))
         self._keep(self._pump(upstream_reader, writer, True))
 
@@ -121,6 +127,12 @@ class Proxy:
         finally:
             writer.close()
             self._writers.discard(writer)
+
+    async def _cut_clients(self) -> None:
+        clients, self._clients = self._clients, set()
+        for writer in clients:
+            writer.transport.abort()
+        await asyncio.sleep(0)
 
     async def _wind_up(self) -> None:
         self._server.close()

@@ -318,9 +318,10 @@ class TestThreads:
     def test_a_forked_child_uses_connections_of_its_own(self, store: RedisBackend, redis_server: RedisServer) -> None:
         one = slot(limit=2)
         store.take([one])
+        parents = store._lines._free[0].client
         pid = os.fork()
         if pid == 0:
-            ok = isinstance(store.take([slot(limit=2)]), Taken) and store._lines.connects == 1
+            ok = isinstance(store.take([slot(limit=2)]), Taken) and store._lines._free[0].client != parents
             os._exit(0 if ok else 1)
         assert exit_code(pid) == 0
         assert store.take([slot(limit=3)]) == Taken((True,), (3,))
@@ -444,6 +445,29 @@ class TestLoops:
         asyncio.run(main())
         assert admitted[0] > 100
         assert drained(redis_server, prefix), redis_server.held(prefix)
+
+    def test_what_a_lost_connection_still_had_under_way_does_not_overtake(
+        self, redis_server: RedisServer, proxy: Proxy, prefix: str
+    ) -> None:
+        """Cut on the client's side: the acquire would reach the server after the release that the next connection sends,
+        had that one not fenced off the lost one first."""
+        (store,) = [next(made(proxy.url, prefix, socket_timeout=1))]
+
+        async def main() -> None:
+            warm, mine = slot("warm"), slot("under way")
+            await store.atake([warm])
+            proxy.delay = lambda: 0.4
+            asking = asyncio.create_task(store.atake([mine]))
+            await asyncio.sleep(0.1)
+            proxy.delay = lambda: 0.0
+            asking.cancel()
+            await asyncio.get_running_loop().run_in_executor(None, proxy.cut_clients)
+            await store.agive([mine, warm])
+            await asyncio.sleep(0.8)
+
+        asyncio.run(main())
+        assert redis_server.held(prefix) == 0
+        assert proxy.connections == 2
 
     def test_killed_200_times_under_load_no_call_fails(self, redis_server: RedisServer, prefix: str) -> None:
         (store,) = [next(made(redis_server.url, prefix, socket_timeout=2))]
