@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -547,7 +548,7 @@ class TestLoops:
 
 class TestLocations:
     def test_a_unix_socket(self, tmp_path: Any, prefix: str) -> None:
-        path = f"/tmp/concurrency-{os.getpid()}.sock"
+        path = f"{tempfile.gettempdir()}/concurrency-{os.getpid()}.sock"
         server = RedisServer("--unixsocket", path)
         try:
             self.works(f"unix://{path}?db=0", prefix)
