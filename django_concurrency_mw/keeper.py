@@ -71,7 +71,11 @@ class Keeper:
         self._owed: deque[_Owed] = deque()
         self._wakes_at = _FOREVER
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        #: RLocks: a garbage collection inside may end an abandoned stream, whose release comes back here.
+        self._starting = threading.RLock()
+        #: Held by whoever does the keeper's work.
+        self._working = threading.RLock()
+        self._exiting = False
         self._calls: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
 
@@ -98,7 +102,7 @@ class Keeper:
 
     def ready(self) -> None:
         """Make sure that the thread runs, for whoever will call `abandon` from where no thread can be started."""
-        if self._thread is None or not self._thread.is_alive():
+        if (self._thread is None or not self._thread.is_alive()) and not self._exiting:
             self._start()
 
     def give_later(self, store: Any, slots: Sequence[Slot], until: float) -> None:
@@ -116,6 +120,7 @@ class Keeper:
     def flush(self) -> None:
         """Give back all that this process still holds, at its exit; for FLUSH_FOR seconds at most."""
         end = monotonic() + FLUSH_FOR
+        self._exiting = True  # no thread is started any more, and what the keeper has to do is done here
         for lease in self.live():
             if monotonic() > end:
                 logger.warning("not all slots could be given back at exit; they end with their leases")
@@ -124,14 +129,21 @@ class Keeper:
                 lease.release()
             except Exception:
                 logger.exception("a slot could not be given back at exit; it ends with its lease")
-        self._retry(monotonic())
+        # What the thread is just doing would end with the process.
+        if self._working.acquire(timeout=max(0.0, end - monotonic())):
+            try:
+                self._call_due(_FOREVER)
+                self._retry(monotonic())
+            finally:
+                self._working.release()
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def _wake_at(self, due: float) -> None:
-        if due < self._wakes_at:
-            self._wakes_at = due
-            self._inbox.put(None)
+        with self._starting:
+            if due < self._wakes_at:
+                self._wakes_at = due
+                self._inbox.put(None)
         self.ready()
 
     def _start(self) -> None:
@@ -149,17 +161,17 @@ class Keeper:
             except Empty:
                 abandoned = None
             try:
-                if abandoned is not None:
-                    abandoned.release()
-                now = monotonic()
-                if now >= self._wakes_at:
-                    self._look(now)
+                with self._working:
+                    if abandoned is not None:
+                        abandoned.release()
+                    now = monotonic()
+                    if now >= self._wakes_at:
+                        self._look(now)
             except BaseException:  # whatever a store raises: without this thread no lease is renewed any more
                 logger.exception("the keeper goes on after an error")
 
     def _look(self, now: float) -> None:
-        self._wakes_at = _FOREVER
-        due = _FOREVER
+        self._wakes_at = due = _FOREVER
         # Renewals first: a store that is away must not let the leases of the others lapse.
         for lease in self.live():
             try:
@@ -167,17 +179,21 @@ class Keeper:
             except BaseException:
                 due = min(due, now + RETRY_EVERY)
                 logger.exception("a lease could not be renewed, it will be tried again")
+        self._call_due(now)
+        self._retry(now)
+        if self._owed:
+            due = min(due, monotonic() + RETRY_EVERY)
+        with self._starting:
+            if self._calls:
+                due = min(due, self._calls[0][0])
+            self._wakes_at = min(self._wakes_at, due)
+
+    def _call_due(self, now: float) -> None:
         for call in self._due_calls(now):
             try:
                 call()
             except BaseException:
                 logger.exception("the keeper goes on after an error")
-        self._retry(now)
-        if self._owed:
-            due = min(due, monotonic() + RETRY_EVERY)
-        if self._calls:
-            due = min(due, self._calls[0][0])
-        self._wakes_at = min(self._wakes_at, due)
 
     def _due_calls(self, now: float) -> list[Callable[[], None]]:
         calls = []

@@ -304,13 +304,13 @@ class TestThreads:
         store.take([one])
         store._lines._free.clear()
         start_thread, threads = threading.get_ident(), []
-        connect = store._lines._connect
+        connect = store._lines._open
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             threads.append(threading.get_ident())
             return connect(*args, **kwargs)
 
-        store._lines._connect = seen  # type: ignore[method-assign]  # to see who connects
+        store._lines._open = seen  # type: ignore[method-assign]  # to see who connects
         store.give([one])
         assert drained(redis_server, prefix)
         assert threads

@@ -7,20 +7,22 @@ several: here one deadline covers connecting, the handshake and the reply togeth
 from __future__ import annotations
 
 import inspect
+import re
 import socket
 import ssl
 from collections.abc import Mapping
 from difflib import get_close_matches
 from time import monotonic
 from typing import Any
+from urllib.parse import parse_qsl
 
 import redis
 import redis.asyncio
 from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection
-from redis.exceptions import AuthenticationError, BusyLoadingError
+from redis.connection import AbstractConnection, parse_url
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, ResponseError
 from redis.retry import Retry
 
 from ..base import BackendConfig
@@ -55,26 +57,26 @@ class Recipe:
         location = DEFAULT_LOCATION if config.location is None else config.location
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(
-                f"{place}['LOCATION']: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), got {location!r}"
+                f"{place}['LOCATION']: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
+                f"got {_without_password(location)}"
             )
-        options = dict(config.options)
+        bare, asked = _without_query(location, f"{place}['LOCATION']")
+        # Options may stand in the URL too; redis-py lets those win over keywords, and so do we, but checked like the others.
+        options = {**config.options, **asked}
         self.timeout = _timeout(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
-        try:
-            known = redis.ConnectionPool.from_url(location)
-        except ValueError as error:
-            raise ImproperlyConfigured(f"{place}['LOCATION']: {location!r} cannot be used: {error}") from error
+        known = redis.ConnectionPool.from_url(bare)
         _check_options(options, _keywords(known.connection_class), f"{place}['OPTIONS']")
         # Integers read the same in RESP 2 and 3; 2 has the shorter handshake.
-        wanted = {"protocol": known.connection_kwargs.get("protocol", 2), **options}
+        wanted = {"protocol": 2, **options}
         wanted |= {"decode_responses": False, "health_check_interval": 0, "socket_connect_timeout": self.timeout}
         threads = redis.ConnectionPool.from_url(
-            location, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
+            bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
         )
         self._plain_class = threads.connection_class
         self.class_: type[AbstractConnection] = _with_deadline(threads.connection_class)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
-            location, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
+            bare, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
         )
         self.async_class: Any = loops.connection_class
         self.async_keywords = dict(loops.connection_kwargs)
@@ -85,6 +87,24 @@ class Recipe:
             connection_class=self._plain_class, max_connections=1, **{**self.keywords, "socket_timeout": 5.0}
         )
         return redis.Redis(connection_pool=pool)
+
+
+def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
+    """The URL by itself, and the options in its query. Raises: ImproperlyConfigured."""
+    bare, _, query = location.partition("?")
+    try:
+        by_itself, whole = parse_url(bare), parse_url(location)  # type: ignore[no-untyped-call]  # redis-py's
+    except ValueError as error:
+        # Its message may repeat the URL.
+        raise ImproperlyConfigured(f"{place}: {_without_password(location)} cannot be used: not a valid URL") from error
+    names = {name for name, _ in parse_qsl(query, keep_blank_values=True)}
+    return bare, {
+        name: whole.get(name, "") for name in names if name not in by_itself or whole.get(name) != by_itself[name]
+    }
+
+
+def _without_password(location: object) -> str:
+    return re.sub(r"//[^@/]*@", "//...@", repr(location))
 
 
 def _timeout(value: Any, place: str) -> float:
@@ -173,6 +193,13 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
             self.deadline = self.bounded_socket.deadline = deadline
 
     return Bounded
+
+
+def passes(reply: object) -> bool:
+    """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
+    if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
+        return False
+    return not str(reply).startswith(("WRONGTYPE", "unknown command", "ERR unknown command", "NOPERM", "CROSSSLOT"))
 
 
 def is_final(error: BaseException | None) -> bool:

@@ -9,17 +9,38 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import NamedTuple
 
 #: Releases kept at most; what does not fit ends with its lease.
 MOST = 20_000
-#: Seconds that a release is kept, where its lease does not end earlier; by then the keeper or the lease has done it.
-KEEP = 60.0
 #: Releases that one new connection carries out with its greeting.
 AT_ONCE = 1000
 
 
+class Release(NamedTuple):
+    """A packed release, and the monotonic second at which the lease has ended by itself and nobody needs it any more."""
+
+    packed: bytes
+    until: float
+
+
+class Client(NamedTuple):
+    """A connection as the server knows it. The address belongs to it: a server that was restarted numbers its clients anew,
+    and somebody else has the number then."""
+
+    number: int
+    address: bytes
+
+
+class Work(NamedTuple):
+    """What one connection has taken upon itself."""
+
+    clients: list[Client]
+    releases: list[Release]
+
+
 class Leftovers:
-    """Packed releases and client ids; every operation is one of deque's, and so atomic."""
+    """Releases and lost connections; every operation is one of deque's, and so atomic."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         """`wake` is called when there is something to do that no connection of a request has to wait for."""
@@ -28,8 +49,8 @@ class Leftovers:
 
     def forget(self) -> None:
         """A forked child has nothing to carry on: its parent does."""
-        self._releases: deque[tuple[bytes, float]] = deque(maxlen=MOST)
-        self._clients: deque[int] = deque(maxlen=1000)
+        self._releases: deque[Release] = deque(maxlen=MOST)
+        self._clients: deque[Client] = deque(maxlen=1000)
 
     def __bool__(self) -> bool:
         return bool(self._releases)
@@ -37,47 +58,40 @@ class Leftovers:
     def __len__(self) -> int:
         return len(self._releases)
 
-    def add(self, releases: Sequence[bytes]) -> None:
+    def add(self, releases: Sequence[Release]) -> None:
         """To be carried out by the next connection."""
-        now = monotonic()
-        self._releases.extend((release, now) for release in releases)
         if releases:
+            self._releases.extend(releases)
             self._wake()
 
-    def fence(self, client: int | None) -> None:
+    def remind(self) -> None:
+        """Something was put back that nobody has tried for a while."""
+        self._wake()
+
+    def fence(self, client: Client | None) -> None:
         """This connection was given up: nothing that it still has under way may be carried out."""
         if client is not None:
             self._clients.append(client)
 
     def pick_up(self) -> Work:
         """What a new connection has to do first. Given back with `put_back` if it cannot."""
-        clients: list[int] = []
-        releases: list[tuple[bytes, float]] = []
-        oldest = monotonic() - KEEP
+        work = Work([], [])
+        now = monotonic()
         while True:
             try:
-                clients.append(self._clients.popleft())
+                work.clients.append(self._clients.popleft())
             except IndexError:
                 break
-        while len(releases) < AT_ONCE:
+        while len(work.releases) < AT_ONCE:
             try:
                 release = self._releases.popleft()
             except IndexError:
                 break
-            if release[1] > oldest:
-                releases.append(release)
-        return Work(clients, releases)
+            if release.until > now:
+                work.releases.append(release)
+        return work
 
     def put_back(self, work: Work) -> None:
         """The connection that was to do it did not come about."""
         self._clients.extendleft(reversed(work.clients))
         self._releases.extendleft(reversed(work.releases))
-
-
-class Work:
-    """What one connection has taken upon itself."""
-
-    __slots__ = ("clients", "releases")
-
-    def __init__(self, clients: list[int], releases: list[tuple[bytes, float]]) -> None:
-        self.clients, self.releases = clients, releases

@@ -23,26 +23,28 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from .connecting import Recipe, is_final
-from .leftovers import Leftovers
-from .wire import RENEW, TAKE, pack
+from .connecting import Recipe, is_final, passes
+from .greeting import Greeting
+from .leftovers import Client, Leftovers, Release, Work
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
 #: Connections that one call may use up, within its deadline, before the store counts as failing.
 TRIES = 100
+#: Replies that a connection may owe before the older half is heard.
+MOST_OWED = 64
 
 
 class Line:
-    """One connection. `client` is its id at the server, `used` the monotonic second of its last use."""
+    """One connection. `client` is who it is to the server, `used` the monotonic second of its last use."""
 
     __slots__ = ("client", "conn", "late", "owed", "used")
 
     def __init__(self, conn: Any) -> None:
         self.conn = conn
-        self.owed: deque[tuple[Sequence[bytes], int]] = deque()
+        self.owed: deque[tuple[Sequence[Release], int]] = deque()
         self.late = 0
-        self.client: int | None = None
+        self.client: Client | None = None
         self.used = monotonic()
 
     def send(self, packed: bytes) -> None:
@@ -57,46 +59,55 @@ class Line:
         except ResponseError as error:
             return error
 
-    def hear(self, entries: int) -> int:
-        """Read the replies of so many owed entries. Returns how many were errors."""
-        errors = 0
+    def hear(self, entries: int) -> list[Release]:
+        """Read the replies of so many owed entries. Returns the releases that the server could not carry out now."""
+        refused: list[Release] = []
         for _ in range(entries):
             releases, replies = self.owed[0]
             while replies > 1:
-                errors += isinstance(self.read(), Exception)
+                if passes(self.read()):
+                    refused += releases
                 replies -= 1
                 self.owed[0] = (releases, replies)
-            errors += isinstance(self.read(), Exception)
+            if passes(self.read()):
+                refused += releases
             self.owed.popleft()
-        return errors
+        return refused
+
+
+class _Refused(RedisError):
+    """The server is there, but could not carry out what was left over."""
 
 
 class Lines:
-    """The stack of one store. `connects` and `errors` count new connections and replies to releases that were errors."""
+    """The stack of one store. `connects` counts new connections; `opened` is called for each."""
 
-    def __init__(self, recipe: Recipe, leftovers: Leftovers) -> None:
-        self._recipe, self._leftovers = recipe, leftovers
+    def __init__(self, recipe: Recipe, leftovers: Leftovers, opened: Callable[[], None]) -> None:
+        self._recipe, self._leftovers, self._opened = recipe, leftovers, opened
         self.forget()
 
     def forget(self) -> None:
         """In a forked child: the connections are the parent's."""
         self._free: deque[Line] = deque()
-        self.connects = self.errors = 0
+        self.connects = 0
 
     def __len__(self) -> int:
         return len(self._free)
 
-    def call(self, packed: bytes, undo: Sequence[bytes], whole: Callable[[], bytes]) -> Any:
+    def call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
         """One round trip. `undo` are the releases that take it back, `whole` makes the command that needs no script loaded.
 
         Raises: RedisError, OSError. What was taken by a command whose reply did not come is released.
         """
-        deadline = monotonic() + self._recipe.timeout
+        return self._call(packed, undo, whole, monotonic() + self._recipe.timeout)
+
+    def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float) -> Any:
         try:
             line: Line | None = self._free.pop()
         except IndexError:
             line = None
-        lost: int | None = None
+        lost: Client | None = None
+        sent = False
         for tries_left in range(TRIES - 1, -1, -1):
             # A connection may have died while it was idle, or be killed at any moment. Every command may be sent twice.
             again = tries_left > 0 and monotonic() < deadline
@@ -106,15 +117,19 @@ class Lines:
                 return self._ask(line, packed, undo, whole, deadline)
             except ConnectionError as error:
                 if line is not None:
-                    lost = line.client
+                    lost, sent = line.client, True
                 if not again or is_final(error):
-                    if lost is not None:  # something was sent, and may have been carried out
+                    if sent:  # and may have been carried out
                         self._leftovers.add(undo)
                     raise
                 line = None
+            except BaseException:
+                if sent and line is None:  # what was sent before may have been carried out, and nobody can be asked now
+                    self._leftovers.add(undo)
+                raise
         raise AssertionError("the last try returns or raises")
 
-    def tell(self, releases: Sequence[bytes]) -> None:
+    def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; without a connection at hand they are left over, for somebody who has time to make one."""
         try:
             line = self._free.pop()
@@ -122,10 +137,14 @@ class Lines:
             self._leftovers.add(releases)
             return
         try:
-            line.owed.append((releases, len(releases)))
             line.conn.until(monotonic() + self._recipe.timeout)
-            line.send(b"".join(releases))
+            if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
+                self._leftovers.add(line.hear(len(line.owed) // 2))
+            line.owed.append((releases, len(releases)))
+            line.send(_together(releases))
         except BaseException as error:
+            if (releases, len(releases)) not in line.owed:
+                self._leftovers.add(releases)
             self._lost(line)
             if not isinstance(error, (RedisError, OSError)):
                 raise
@@ -136,7 +155,11 @@ class Lines:
     def deliver(self) -> None:
         """Carry out what is left over, on a new connection. Raises: RedisError, OSError."""
         while self._leftovers:
-            self._free.append(self._connect(monotonic() + self._recipe.timeout))
+            line, refused = self._open(monotonic() + self._recipe.timeout)
+            if refused:
+                line.conn.disconnect()
+                raise _Refused(f"{len(refused)} releases could not be carried out yet")
+            self._free.append(line)
 
     def close(self) -> None:
         """Hear what is owed and close the connections that are not in use."""
@@ -147,26 +170,34 @@ class Lines:
     def tend(self) -> None:
         """Hear what idle connections owe, and close those that are not needed any more."""
         now = monotonic()
+        deadline = now + self._recipe.timeout  # one for all of them: renewals wait in this thread
         tended: list[Line] = []
-        while True:
-            try:
-                line = self._free.popleft()  # the one that has been idle for longest
-            except IndexError:
-                break
-            if line.used > now - HEAR_AFTER:
-                self._free.appendleft(line)
-                break
-            try:
-                line.conn.until(monotonic() + self._recipe.timeout)
-                self.errors += line.hear(len(line.owed))
-            except (RedisError, OSError):
-                self._lost(line)
-                continue
-            if line.used > now - CLOSE_AFTER:
-                tended.append(line)
-            else:
-                line.conn.disconnect()
-        self._free.extendleft(reversed(tended))
+        try:
+            while True:
+                try:
+                    line = self._free.popleft()  # the one that has been idle for longest
+                except IndexError:
+                    break
+                if line.used > now - HEAR_AFTER:
+                    self._free.appendleft(line)
+                    break
+                try:
+                    line.conn.until(deadline)
+                    self._leftovers.add(line.hear(len(line.owed)))
+                except TimeoutError:
+                    tended.append(line)  # in order still, only slow
+                    break
+                except BaseException as error:
+                    self._lost(line)
+                    if not isinstance(error, (RedisError, OSError)):
+                        raise
+                    continue
+                if line.used > now - CLOSE_AFTER:
+                    tended.append(line)
+                else:
+                    line.conn.disconnect()
+        finally:
+            self._free.extendleft(reversed(tended))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +205,7 @@ class Lines:
         self,
         line: Line,
         packed: bytes,
-        undo: Sequence[bytes],
+        undo: Sequence[Release],
         whole: Callable[[], bytes],
         deadline: float,
     ) -> Any:
@@ -187,7 +218,7 @@ class Lines:
             line.owed.append((undo, 1))  # until the reply is read, this is what a lost connection leaves to do
             line.send(packed)
             sent = True
-            self.errors += line.hear(owed)
+            self._leftovers.add(line.hear(owed))
             reply = line.read()
         except TimeoutError:
             if sent:
@@ -205,12 +236,12 @@ class Lines:
         line.used = monotonic()
         self._free.append(line)
         if isinstance(reply, NoScriptError):
-            return self.call(whole(), undo, whole)
+            return self._call(whole(), undo, whole, deadline)
         if isinstance(reply, Exception):
             raise reply
         return reply
 
-    def _late(self, line: Line, undo: Sequence[bytes]) -> None:
+    def _late(self, line: Line, undo: Sequence[Release]) -> None:
         """No reply in time: the connection is in order all the same. The release goes behind the acquire."""
         line.late += 1
         if line.late > 1:
@@ -219,7 +250,7 @@ class Lines:
         try:
             line.conn.until(monotonic() + self._recipe.timeout)
             line.owed.append((undo, len(undo)))
-            line.send(b"".join(undo))
+            line.send(_together(undo))
         except BaseException as error:
             self._lost(line)
             if not isinstance(error, (RedisError, OSError)):
@@ -234,28 +265,35 @@ class Lines:
         line.owed.clear()
         line.conn.disconnect()
 
-    def _connect(self, deadline: float, *, instead_of: int | None = None) -> Line:
-        """A new connection, greeted: scripts loaded, lost ones fenced off (`instead_of` for one), left-over releases
-        carried out."""
-        conn: Any = self._recipe.class_(**self._recipe.keywords)  # redis-py is untyped here
-        conn.deadline = deadline
-        line = Line(conn)
+    def _connect(self, deadline: float, *, instead_of: Client | None = None) -> Line:
+        """A new connection for a call, which has no time to see what the server could not carry out."""
+        line, refused = self._open(deadline, instead_of=instead_of)
+        if refused:
+            self._leftovers.remind()
+        return line
+
+    def _open(self, deadline: float, *, instead_of: Client | None = None) -> tuple[Line, list[Release]]:
+        """A new connection, greeted; and the releases that could not be carried out with it, which stay left over."""
         work = self._leftovers.pick_up()
+        conn: Any = None
         try:
+            conn = self._recipe.class_(**self._recipe.keywords)  # redis-py is untyped here
+            conn.deadline = deadline
+            line = Line(conn)
             conn.connect()
-            greeting = [pack(b"CLIENT", b"ID"), TAKE.load, RENEW.load]
-            lost = work.clients if instead_of is None else [*work.clients, instead_of]
-            greeting += [pack(b"CLIENT", b"KILL", b"ID", b"%d" % client) for client in lost]
-            greeting += [release for release, _ in work.releases]
-            line.send(b"".join(greeting))
-            client = line.read()
-            line.client = client if isinstance(client, int) else None  # some ACL users may not ask
-            for _ in greeting[1:]:
-                line.read()
+            greeting = Greeting(work, instead_of)
+            line.send(greeting.packed)
+            line.client, refused = greeting.heard([line.read() for _ in range(greeting.replies)])
         except BaseException:
             self._leftovers.put_back(work)
-            conn.disconnect()
+            if conn is not None:
+                conn.disconnect()
             raise
+        self._leftovers.put_back(Work([], refused))
         self.connects += 1
-        line.used = monotonic()
-        return line
+        self._opened()
+        return line, refused
+
+
+def _together(releases: Sequence[Release]) -> bytes:
+    return b"".join([release.packed for release in releases])

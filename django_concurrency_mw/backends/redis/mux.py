@@ -17,13 +17,14 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe, is_final
-from .leftovers import KEEP, Leftovers, Work
-from .wire import RENEW, TAKE, pack
+from .connecting import Recipe, is_final, passes
+from .greeting import Greeting
+from .leftovers import Client, Leftovers, Release, Work
 
 LOST = (RedisError, OSError, EOFError, asyncio.TimeoutError)
 #: Timeouts without any reply after which a connection is given up.
@@ -37,14 +38,19 @@ BACK_OFF = 0.25
 
 
 class Command:
-    """One packed command: `waiter` gets its reply, `whole` makes the form that needs no script loaded."""
+    """One packed command: `waiter` gets its reply, `whole` makes the form that needs no script loaded. A `release` has none."""
 
-    __slots__ = ("packed", "sent", "waiter", "whole")
+    __slots__ = ("packed", "release", "sent", "waiter", "whole")
 
     def __init__(
-        self, packed: bytes, sent: float, waiter: asyncio.Future[Any] | None, whole: Callable[[], bytes] | None
+        self,
+        packed: bytes,
+        sent: float,
+        waiter: asyncio.Future[Any] | None = None,
+        whole: Callable[[], bytes] | None = None,
+        release: Release | None = None,
     ) -> None:
-        self.packed, self.sent, self.waiter, self.whole = packed, sent, waiter, whole
+        self.packed, self.sent, self.waiter, self.whole, self.release = packed, sent, waiter, whole, release
 
     @property
     def awaited(self) -> bool:
@@ -65,11 +71,11 @@ class Mux:
         self._owner: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._client: int | None = None
+        self._client: Client | None = None
         self._error: BaseException | None = None
         self._next_try = self._not_before = self._heard = self._connected_at = 0.0
         self._failures = 0
-        self.connects = self.errors = self.dropped = 0
+        self.connects = self.dropped = 0
 
     # -- for callers --------------------------------------------------------------------------------------------------
 
@@ -86,14 +92,14 @@ class Mux:
         self._queue(Command(packed, now, waiter, whole))
         return waiter
 
-    def tell(self, releases: Sequence[bytes]) -> None:
+    def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; their replies are waited for by nobody."""
         now = self.loop.time()
         for release in releases:
             if len(self._unanswered) >= MOST:
                 self.dropped += 1  # the lease's end gives the slot back
             else:
-                self._queue(Command(release, now, None, None))
+                self._queue(Command(release.packed, now, release=release))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -153,9 +159,10 @@ class Mux:
         command = self._unanswered.popleft()
         waiter = command.waiter
         if waiter is None or waiter.done():
-            self.errors += isinstance(reply, Exception)
+            if command.release is not None and passes(reply):
+                self._leftovers.add([command.release])
         elif isinstance(reply, NoScriptError) and command.whole is not None:
-            self._queue(Command(command.whole(), command.sent, waiter, None))
+            self._queue(Command(command.whole(), command.sent, waiter))
         elif isinstance(reply, Exception):
             waiter.set_exception(reply)
         else:
@@ -176,7 +183,7 @@ class Mux:
                     self._reading = self.loop.create_task(self._read(conn))
                     await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
-                except LOST as lost:
+                except Exception as lost:  # also what a keyword or a credential provider of the project's raises
                     error = lost
                 self._failed(error, connected=conn is not None)
                 self._conn = None
@@ -207,44 +214,48 @@ class Mux:
             await asyncio.wait_for(hear(), self._timeout)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Cancelled: the loop ends. Nobody waits for ever, and no release is forgotten."""
+        """Cancelled: the loop ends."""
         if self._owner is task:  # it was cancelled before its first step
             self._owner = None
-        if not task.cancelled() and task.exception() is None:
-            return
+        if task.cancelled() or task.exception() is not None:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The loop has ended, or does now: nobody waits for ever, and no release is forgotten."""
         left, self._unanswered = self._unanswered, deque()
         if left:
             self._leftovers.fence(self._client)
+        self._leftovers.add([command.release for command in left if command.release is not None])
         for command in left:
-            if command.waiter is None:
-                self._leftovers.add([command.packed])
-            elif not command.waiter.done():
+            if command.awaited and not self.loop.is_closed():
+                assert command.waiter is not None
                 command.waiter.set_exception(ConnectionError("the event loop is closing"))
 
     async def _connect(self) -> Any:
-        conn = self._recipe.async_class(**self._recipe.async_keywords)
         work = self._leftovers.pick_up()
+        conn = None
         try:
-            await asyncio.wait_for(self._greet(conn, work), self._timeout)
+            conn = self._recipe.async_class(**self._recipe.async_keywords)
+            refused = await asyncio.wait_for(self._greet(conn, work), self._timeout)
         except BaseException:
             self._leftovers.put_back(work)
-            await _hang_up(conn)
+            if conn is not None:
+                await _hang_up(conn)
             raise
+        if refused:
+            self._leftovers.put_back(Work([], refused))
+            self._leftovers.remind()
         self.connects += 1
         return conn
 
-    async def _greet(self, conn: Any, work: Work) -> None:
+    async def _greet(self, conn: Any, work: Work) -> list[Release]:
         await conn.connect()
-        clients = work.clients if self._client is None else [*work.clients, self._client]
-        greeting = [pack(b"CLIENT", b"ID"), TAKE.load, RENEW.load]
-        greeting += [pack(b"CLIENT", b"KILL", b"ID", b"%d" % client) for client in clients]
-        greeting += [release for release, _ in work.releases]
-        await conn.send_packed_command([b"".join(greeting)], check_health=False)
-        client = await _reply(conn.read_response)
-        for _ in greeting[1:]:
-            await _reply(conn.read_response)
+        greeting = Greeting(work, self._client)
+        await conn.send_packed_command([greeting.packed], check_health=False)
+        client, refused = greeting.heard([await _reply(conn.read_response) for _ in range(greeting.replies)])
         # Only now: had this attempt failed, the older one would still have to be fenced off.
-        self._client = client if isinstance(client, int) else None
+        self._client = client
+        return refused
 
     def _failed(self, error: BaseException | None, *, connected: bool) -> None:
         self._error = error
@@ -265,11 +276,11 @@ class Mux:
 
     def _prune(self) -> bool:
         """Drop what need not be sent again; is anything left?"""
-        oldest = self.loop.time() - KEEP
+        now = monotonic()
         self._unanswered = deque(
             command
             for command in self._unanswered
-            if (command.sent > oldest if command.waiter is None else not command.waiter.done())
+            if (command.awaited if command.release is None else command.release.until > now)
         )
         return bool(self._unanswered)
 

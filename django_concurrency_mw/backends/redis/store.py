@@ -7,6 +7,7 @@ take all of a request's slots, and one ZREM per slot, in one packet, to give the
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ from ...outcomes import Slot, TakeReply
 from ..base import BackendConfig, BaseBackend, Holder
 from . import wire
 from .connecting import Recipe
-from .leftovers import Leftovers
+from .leftovers import Leftovers, Release
 from .lines import Lines
 from .mux import Mux
+
+logger = logging.getLogger("django_concurrency_mw")
 
 #: Seconds between two looks at idle connections.
 TEND_EVERY = 5.0
@@ -50,15 +53,12 @@ class RedisBackend(BaseBackend):
         self._recipe = Recipe(config)
         self._keys = wire.Keys(config.key_prefix)
         self._leftovers = Leftovers(self._wake)
-        self._lines = Lines(self._recipe, self._leftovers)
+        self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._tended = self._delivering = False
         _stores.add(self)
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
-        if not self._tended:
-            self._tended = True
-            keeper.at(TEND_EVERY, self._tend)
         whole = partial(self._keys.take, slots, whole=True)
         reply = self._call(self._keys.take(slots), self._keys.give(slots), whole)
         return wire.taken(reply, slots)
@@ -96,10 +96,13 @@ class RedisBackend(BaseBackend):
 
     def evict(self, token: str) -> bool:
         found = False
-        with self._recipe.client() as client:
-            for key in client.scan_iter(match=self._keys.pattern, count=1000):
-                for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
-                    found = bool(client.zrem(key, member[0])) or found
+        try:
+            with self._recipe.client() as client:
+                for key in client.scan_iter(match=self._keys.pattern, count=1000):
+                    for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
+                        found = bool(client.zrem(key, member[0])) or found
+        except (RedisError, OSError) as error:
+            raise BackendError(str(error)) from error
         return found
 
     def snapshot(self) -> Sequence[Holder]:
@@ -121,10 +124,10 @@ class RedisBackend(BaseBackend):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _call(self, packed: bytes, undo: Sequence[bytes], whole: Callable[[], bytes]) -> Any:
+    def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
         try:
             return self._lines.call(packed, undo, whole)
-        except (RedisError, OSError) as error:
+        except Exception as error:  # also what a keyword or a credential provider of the project's raises
             raise BackendError(str(error)) from error
 
     def _mux(self) -> Mux:
@@ -132,9 +135,9 @@ class RedisBackend(BaseBackend):
         loop = asyncio.get_running_loop()
         mux = self._muxes.get(loop)
         if mux is None:
-            for ended in [known for known in list(self._muxes) if known.is_closed()]:
-                self._muxes.pop(ended, None)
+            self._drop_ended()
             mux = self._muxes[loop] = Mux(self._recipe, self._leftovers)
+            self._opened()
         return mux
 
     def _wake(self) -> None:
@@ -150,14 +153,33 @@ class RedisBackend(BaseBackend):
         except (RedisError, OSError):
             keeper.at(DELIVER_AGAIN, self._deliver)
             return
+        except Exception:
+            logger.exception("releases could not be delivered to Redis, it will be tried again")
+            keeper.at(DELIVER_AGAIN, self._deliver)
+            return
         self._delivering = False
         if self._leftovers:  # added since it looked
             self._wake()
 
+    def _opened(self) -> None:
+        """There is a connection of threads to look after from now on."""
+        if not self._tended:
+            self._tended = True
+            keeper.at(TEND_EVERY, self._tend)
+
     def _tend(self) -> None:
-        """In the keeper's thread: look after idle connections."""
-        self._lines.tend()
-        keeper.at(TEND_EVERY, self._tend)
+        """In the keeper's thread: look after idle connections, and after loops that ended without a word."""
+        try:
+            self._drop_ended()
+            self._lines.tend()
+        finally:
+            keeper.at(TEND_EVERY, self._tend)
+
+    def _drop_ended(self) -> None:
+        for loop in [known for known in list(self._muxes) if known.is_closed()]:
+            mux = self._muxes.pop(loop, None)
+            if mux is not None:
+                mux.abandon()
 
     def _forget(self) -> None:
         self._leftovers.forget()

@@ -12,12 +12,14 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from time import monotonic
 
 from ...outcomes import Full, Slot, Taken, TakeReply
 from ..base import Holder
+from .leftovers import Release
 
 FORMAT = "1"
-#: Bytes of a key's text and of a path that a member carries.
+#: Characters of a key's text and of a path that a member carries.
 TEXT_LIMIT = 120
 #: Parts a member's fields; tokens and numbers have none, and the two texts lose theirs.
 SEPARATOR = b"\n"
@@ -97,9 +99,10 @@ class Keys:
         ]
         return RENEW.call(keys, arguments, 2, whole=whole)
 
-    def give(self, slots: Sequence[Slot]) -> list[bytes]:
-        """One ZREM each."""
-        return [b"*3\r\n$4\r\nZREM\r\n%b%b" % self._names(slot) for slot in slots]
+    def give(self, slots: Sequence[Slot]) -> list[Release]:
+        """One ZREM each, which is of use until the lease has ended by itself."""
+        now = monotonic()
+        return [Release(b"*3\r\n$4\r\nZREM\r\n%b%b" % self._names(slot), now + slot.ttl) for slot in slots]
 
     def _names(self, slot: Slot) -> tuple[bytes, bytes]:
         """The packed names of a slot's semaphore and of its holder; kept with the slot, as the release needs them again."""
