@@ -7,6 +7,7 @@ import contextlib
 import random
 import ssl
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -21,8 +22,8 @@ def between(low: float, high: float) -> Delay:
 class Proxy:
     """Runs in a thread of its own. Every setting may be changed while connections are open.
 
-    `delay`: seconds that each packet takes, in both directions, in order. `black_hole`: nothing arrives any more.
-    `drop_replies`: what the server answers is lost, and with it the connection after `cut`. `refuse`: new connections are
+    `delay`: seconds that each packet takes, in both directions, in order. `black_hole`: nothing arrives before it is over
+    (then all of it does, as TCP sends again). `target_port` may be turned to another server. `drop_replies`: what the server answers is lost, and with it the connection after `cut`. `refuse`: new connections are
     closed at once. `tls`: it terminates TLS. `cut()` closes all connections, with what is under way lost.
     """
 
@@ -36,6 +37,8 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._clients: set[asyncio.StreamWriter] = set()
+        #: For the end: one that is closed with something still to send would stay open.
+        self._ever: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -84,6 +87,7 @@ class Proxy:
                 raise
             return
         self._writers |= {writer, upstream_writer}
+        self._ever |= {writer, upstream_writer}
         self._clients.add(writer)
         self._keep(self._pump(reader, upstream_writer, False))
         self._keep(self._pump(upstream_reader, writer, True))
@@ -104,7 +108,9 @@ class Proxy:
                     await asyncio.sleep(wait)
                 if not data:
                     break
-                if self.black_hole or (replies and self.drop_replies):
+                while self.black_hole:
+                    await asyncio.sleep(0.002)
+                if replies and self.drop_replies:
                     continue
                 writer.write(data)
                 with contextlib.suppress(OSError):
@@ -140,7 +146,7 @@ class Proxy:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for writer in list(self._writers):
+        for writer in list(self._ever):
             writer.transport.abort()
         await asyncio.sleep(0.01)  # for the transports to close
 

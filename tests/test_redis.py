@@ -34,9 +34,6 @@ from .proxy import Proxy, between
 from .redis_server import RedisServer
 from .support import exit_code, wait_until
 
-#: The proxy's own sockets, when it is stopped in the middle of a connection. Those of the store are counted at the server.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket")
-
 _numbers = count()
 
 
@@ -538,8 +535,8 @@ class TestLoops:
 
         asyncio.run(request())
         assert redis_server.held(prefix) == 1
-        proxy.black_hole = False
         proxy.cut()
+        proxy.black_hole = False
         one = slot("other")
         assert isinstance(store.take([one]), Taken)
         store.give([one])
