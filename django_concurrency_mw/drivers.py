@@ -50,6 +50,8 @@ async def arun(steps: Steps[T]) -> T:
 
 
 def _take(effect: Take) -> TakeReply | StoreFailed:
+    if effect.store.failure is not None:
+        return StoreFailed(effect.store.failure)
     try:
         return effect.store.take(effect.slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
     except Exception as error:
@@ -85,6 +87,8 @@ def _notify(effect: Notify) -> None:
 
 async def _atake(effect: Take) -> TakeReply | StoreFailed:
     store, slots = effect.store, effect.slots
+    if store.failure is not None:
+        return StoreFailed(store.failure)
     try:
         if store.cancel_safe:
             return await store.atake(slots)  # type: ignore[no-any-return]  # a Store is typed where it is made

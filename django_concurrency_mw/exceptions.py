@@ -44,11 +44,22 @@ class DecoratorUsageError(ConfigurationError, TypeError):
 
 
 class BackendError(Exception):
-    """The store failed, and may work again: connection lost, timeout, loading."""
+    """The store failed, and may work again: connection lost, timeout, loading, out of memory.
+
+    `whole`: it fails for every request, so it is left alone until it answers a probe; False where this one call failed.
+    """
+
+    def __init__(self, message: str = "", *, whole: bool = True) -> None:
+        self.whole = whole
+        super().__init__(message)
 
 
 class PermanentBackendError(BackendError):
-    """The store fails until somebody changes something: no permission, wrong password, unknown command."""
+    """The store fails until somebody changes something: no permission, wrong password, unknown command. `cure` says what."""
+
+    def __init__(self, message: str = "", *, cure: str = "", whole: bool = True) -> None:
+        self.cure = cure
+        super().__init__(message, whole=whole)
 
 
 class ConcurrencyLimitExceeded(Exception):

@@ -42,8 +42,9 @@ class Kept(Protocol):
     def release(self) -> None:
         """Give everything back."""
 
-    def renew(self, now: float) -> float:
-        """Renew what is due; the monotonic time at which it wants to be asked again, infinite where never."""
+
+#: Renews what is due of the leases, at this monotonic second; and says when to look again, infinite where never.
+Renew = Callable[[Sequence[Any], float], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Keeper:
     """Live leases and owed releases of this process."""
 
     def __init__(self) -> None:
+        self._renew: Renew = lambda leases, now: _FOREVER
         self._forked()
         os.register_at_fork(after_in_child=self._forked)
         atexit.register(self.flush)
@@ -79,11 +81,19 @@ class Keeper:
         self._calls: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
 
+    def renew_with(self, renew: Renew) -> None:
+        """How leases are renewed."""
+        self._renew = renew
+
     # -- for leases ---------------------------------------------------------------------------------------------
 
     def watch(self, lease: Kept, due: float) -> None:
-        """Keep this lease from now on, and ask it for a renewal at `due` (monotonic seconds)."""
+        """Keep this lease from now on, and look after its renewal at `due` (monotonic seconds)."""
         self._live[id(lease)] = lease
+        self.look_at(due)
+
+    def look_at(self, due: float) -> None:
+        """Look after renewals at `due`, if not before (monotonic seconds)."""
         if due < self._wakes_at:
             self._wake_at(due)
 
@@ -171,14 +181,13 @@ class Keeper:
                 logger.exception("the keeper goes on after an error")
 
     def _look(self, now: float) -> None:
-        self._wakes_at = due = _FOREVER
+        self._wakes_at = _FOREVER
         # Renewals first: a store that is away must not let the leases of the others lapse.
-        for lease in self.live():
-            try:
-                due = min(due, lease.renew(now))
-            except BaseException:
-                due = min(due, now + RETRY_EVERY)
-                logger.exception("a lease could not be renewed, it will be tried again")
+        try:
+            due = self._renew(self.live(), now)
+        except BaseException:
+            due = now + RETRY_EVERY
+            logger.exception("leases could not be renewed, it will be tried again")
         self._call_due(now)
         self._retry(now)
         if self._owed:

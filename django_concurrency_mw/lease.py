@@ -12,27 +12,26 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from . import signals
+from . import health, notices, renewals, signals
 from .drivers import arun, run
+from .held import Held, by_store
 from .keeper import keeper
 from .outcomes import PolicyResult, Slot, StoreFailed
 from .policies import Policy
 from .steps import Give, Notify, Steps
+from .tokens import new_token
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
 logger = logging.getLogger("django_concurrency_mw")
 
-#: A lease is renewed when this part of its ttl has passed, so that two renewals may fail before it ends.
-RENEW_AFTER = 1 / 3
-#: Seconds after which a renewal that failed is tried again, at most; a short lease is tried sooner.
-RENEW_AGAIN = 1.0
-NEVER = float("inf")
+#: Seconds after which a stand-in is registered with its store, if that works again by then.
+REGISTER_AFTER = 0.1
 #: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process.
 _counting = threading.Lock()
 
@@ -43,22 +42,8 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-class Held:
-    """One slot in a lease. Times are monotonic seconds; `local`: counted by this process alone, its store having failed."""
-
-    __slots__ = ("announced", "confirmed", "due", "ends", "local", "policy", "since", "slot", "store")
-
-    def __init__(self, store: Any, policy: Policy, slot: Slot, local: bool = False) -> None:
-        self.store, self.policy, self.slot, self.local = store, policy, slot, local
-        self.confirmed = local
-        #: `slot_acquired` was sent, so `slot_released` will be.
-        self.announced = False
-        self.since = monotonic()
-        self.ends = self.since + slot.ttl
-        #: When its lease wants to be renewed.
-        self.due = self.since + slot.ttl * RENEW_AFTER if policy.renew and not local else NEVER
+keeper.renew_with(renewals.renew)
+health.before_recovery(renewals.recount)
 
 
 class Lease:
@@ -108,6 +93,14 @@ class Lease:
             keeper.forget(self)
         _give_later(doubtful)
 
+    def holdings(self) -> list[Held]:
+        """What it may hold now."""
+        return list(self._held)
+
+    def holds(self, held: Held) -> bool:
+        """Is it still there, or was it given back?"""
+        return held in self._held
+
     def _of(self, slots: Sequence[Slot]) -> list[Held]:
         return [held for held in list(self._held) if any(slot is held.slot for slot in slots)]
 
@@ -125,8 +118,9 @@ class Lease:
                     counts[held.slot.semaphore] += 1
             if any(counts[slot.semaphore] >= slot.limit for slot in slots):
                 return False, tuple(counts[slot.semaphore] for slot in slots)
-            self._held += [Held(store, policy, slot, local=True) for policy, slot in zip(policies, slots, strict=True)]
-            keeper.watch(self, NEVER)
+            new = [_instead(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
+            self._held += new
+            keeper.watch(self, min(held.due for held in new))
             return True, tuple(counts[slot.semaphore] + 1 for slot in slots)
 
     # -- giving back --------------------------------------------------------------------------------------------
@@ -144,11 +138,11 @@ class Lease:
     def announce(self, token: str) -> None:
         """What this acquisition holds is told of, now and when it is given back."""
         for held in list(self._held):
-            held.announced = held.announced or held.slot.token == token
+            held.announced = held.announced or held.acquisition == token
 
     def steps_to_give(self, token: str | None = None) -> Steps[None]:
         """Give everything back, or what one acquisition took, by its token."""
-        groups = _by_store(self._pop(token))
+        groups = by_store(self._pop(token))
         if token is None:
             self.results.clear()
         if not self._held:
@@ -157,33 +151,33 @@ class Lease:
             return
         while groups:
             store, group = groups[0]
-            slots = tuple(held.slot for held in group if not held.local)
+            asked = [held for held in group if not held.local]  # once: the keeper may register one at any moment
             try:
                 reply: Sequence[bool] | StoreFailed = ()
-                if slots:
-                    reply = yield from Give(store, slots)
-                yield from self._given(store, group, slots, reply)
+                if asked:
+                    reply = yield from Give(store, tuple(held.slot for held in asked))
+                yield from self._given(group, asked, reply)
             except BaseException:  # cancelled half way: nobody has these slots any more but us
                 for _, rest in groups:
                     _give_later(rest)
                 raise
             del groups[0]
 
-    def _given(
-        self, store: Any, group: Sequence[Held], slots: Sequence[Slot], reply: Sequence[bool] | StoreFailed
-    ) -> Steps[None]:
+    def _given(self, group: Sequence[Held], asked: Sequence[Held], reply: Sequence[bool] | StoreFailed) -> Steps[None]:
         now = monotonic()
         if isinstance(reply, StoreFailed):
             logger.warning("a release failed, it will be tried again until its lease ends: %s", reply.error)
-            _give_later(group)
-            reply = [True] * len(slots)
-        still = iter(reply)
+            _give_later(asked)
+            reply = [True] * len(asked)
+        still = dict(zip(map(id, asked), reply, strict=True))
         for held in group:
-            was_held = True if held.local else next(still)
+            was_held = still.get(id(held), True)
             if not held.confirmed:
                 continue
+            if not held.local and (held.lost or held.ends < now):  # by our own reckoning: not every store can tell
+                was_held = False
             if not was_held:
-                _warn_late(held.policy, now - held.since)
+                notices.lost(held.policy, now - held.since, max(0.0, now - held.ends))
             if held.announced and signals.slot_released.has_listeners(Policy):
                 yield from Notify(
                     signals.slot_released,
@@ -200,7 +194,7 @@ class Lease:
     def _pop(self, token: str | None) -> list[Held]:
         taken: list[Held] = []
         if token is not None:
-            for held in [held for held in list(self._held) if held.slot.token == token]:
+            for held in [held for held in list(self._held) if held.acquisition == token]:
                 try:
                     self._held.remove(held)
                 except ValueError:  # another thread gives back too
@@ -214,40 +208,14 @@ class Lease:
                 break
         return taken
 
-    # -- for the keeper -----------------------------------------------------------------------------------------
 
-    def renew(self, now: float) -> float:
-        """Renew what is due. Returns when to ask again (monotonic seconds)."""
-        due = [held for held in list(self._held) if held.due <= now and held.confirmed]
-        for store, group in _by_store(due):
-            self._renew(store, group, now)
-        return min((held.due if held.due > now else now + RENEW_AGAIN for held in list(self._held)), default=NEVER)
-
-    def _renew(self, store: Any, group: Sequence[Held], now: float) -> None:
-        wanted = []
-        for held in group:
-            last = NEVER if held.policy.max_age is None else held.since + held.policy.max_age
-            if held.ends < last:
-                wanted.append((held, min(held.policy.ttl, last - now)))
-            elif now < last:  # its lease ends then as it stands
-                held.due = last
-            else:
-                held.due = NEVER
-                _warn_max_age(held.policy.name, held.policy.max_age)
-        if not wanted:
-            return
-        try:
-            reply = tuple(store.renew([(held.slot, seconds) for held, seconds in wanted]))
-            if len(reply) != len(wanted):
-                raise ValueError(f"{len(reply)} answers to {len(wanted)} renewals")
-        except Exception as error:
-            logger.warning("a renewal failed, it will be tried again: %r", error)
-            for held, _ in wanted:
-                held.due = now + min(RENEW_AGAIN, held.policy.ttl * RENEW_AFTER / 2)
-            return
-        for (held, seconds), still in zip(wanted, reply, strict=True):
-            held.ends = now + seconds if still else held.ends
-            held.due = now + seconds * RENEW_AFTER if still else NEVER
+def _instead(store: Any, policy: Policy, slot: Slot) -> Held:
+    """Counted here in the store's stead. Its token is another one, as the take that failed is still to be undone."""
+    held = Held(store, policy, slot)
+    held.slot = replace(slot, token=new_token(), memo=[])
+    held.confirmed = held.local = True
+    held.due = held.since + REGISTER_AFTER
+    return held
 
 
 def _nobody() -> None:
@@ -262,58 +230,5 @@ def _all_held() -> Iterator[Held]:
 
 def _give_later(group: Sequence[Held]) -> None:
     """Leave these to the keeper."""
-    for store, some in _by_store([held for held in group if not held.local]):
+    for store, some in by_store([held for held in group if not held.local]):
         keeper.give_later(store, [held.slot for held in some], max(held.ends for held in some))
-
-
-def _by_store(taken: Sequence[Held]) -> list[tuple[Any, list[Held]]]:
-    groups: dict[int, tuple[Any, list[Held]]] = {}
-    for held in taken:
-        groups.setdefault(id(held.store), (held.store, []))[1].append(held)
-    return list(groups.values())
-
-
-@lru_cache(maxsize=1024)
-def _once(policy: str, what: str) -> list[bool]:
-    return [True]
-
-
-def _first_time(policy: str, what: str) -> bool:
-    """Once per process and policy."""
-    flag = _once(policy, what)
-    try:
-        return flag.pop()
-    except IndexError:
-        return False
-
-
-def _warn_late(policy: Policy, age: float) -> None:
-    if not _first_time(policy.name, "late"):
-        return
-    if not policy.renew:
-        cure = "Raise `ttl` above the longest request, or let it be renewed (`renew: true`)."
-    elif policy.max_age is not None and age >= policy.max_age:
-        cure = "It was older than `max_age`: raise that, or look for the request that hangs."
-    else:
-        cure = (
-            "The process may have been stopped for longer than the ttl, or an operator took the slot away: raise `ttl`."
-        )
-    logger.warning(
-        "policy %s: a request gave its slot back after %.1f s, when its lease (ttl %g s) had ended and somebody else may have "
-        "had the slot. %s (Said once per process and policy.)",
-        policy.name,
-        age,
-        policy.ttl,
-        cure,
-    )
-
-
-def _warn_max_age(policy: str, max_age: float | None) -> None:
-    if _first_time(policy, "max_age"):
-        logger.warning(
-            "policy %s: a request holds its slot for max_age (%s s); the slot is not renewed any more and will be given to "
-            "somebody else. Raise `max_age` where requests may live as long, or look for the one that hangs. (Said once per "
-            "process and policy.)",
-            policy,
-            max_age,
-        )

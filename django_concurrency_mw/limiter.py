@@ -6,15 +6,12 @@ One generator for both halves: which policies apply, what their keys are, the ta
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from django.http.response import HttpResponseBase
 
-from . import conf, rejection, signals
+from . import conf, health, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
 from .keys import Resolver
@@ -153,19 +150,6 @@ def store_of(policy: Policy, config: Config) -> BaseBackend:
     return store
 
 
-#: The stores whose last take failed.
-_failing: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
-_noting = threading.Lock()
-
-
-def _forked() -> None:
-    global _noting
-    _noting = threading.Lock()  # a thread that is not in the child may have held it
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
 def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
     """The same steps; what their takes say of a store's health is told, once per change."""
     try:
@@ -184,22 +168,12 @@ def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
 
 
 def _note(store: BaseBackend, reply: TakeReply | StoreFailed) -> Steps[None]:
-    error = reply.error if isinstance(reply, StoreFailed) else None
-    if error is None and not _failing:
-        return
-    with _noting:
-        if (store in _failing) is (error is not None):
-            return
-        (_failing.discard if error is None else _failing.add)(store)
-    alias = store.config.alias
-    if error is None:
-        logger.warning("backend %s answers again", alias)
-    else:
-        logger.error("backend %s fails, ON_BACKEND_ERROR decides until it answers again: %r", alias, error)
-    if signals.backend_failed.has_listeners(Policy):
-        yield from Notify(
-            signals.backend_failed, {"sender": Policy, "alias": alias, "error": error, "recovered": error is None}
-        )
+    if (
+        isinstance(reply, StoreFailed)
+        and health.failed(store, reply.error)
+        and signals.backend_failed.has_listeners(Policy)
+    ):
+        yield from Notify(signals.backend_failed, health.news(store, reply.error))
 
 
 Known = dict[str, PolicyResult]

@@ -23,8 +23,9 @@ class Proxy:
     """Runs in a thread of its own. Every setting may be changed while connections are open.
 
     `delay`: seconds that each packet takes, in both directions, in order. `black_hole`: nothing arrives before it is over
-    (then all of it does, as TCP sends again). `target_port` may be turned to another server. `drop_replies`: what the server answers is lost, and with it the connection after `cut`. `refuse`: new connections are
-    closed at once. `tls`: it terminates TLS. `cut()` closes all connections, with what is under way lost.
+    (then all of it does, as TCP sends again). `target_port` may be turned to another server. `drop_replies`: what the server
+    answers is lost, and with it the connection after `cut`. `refuse`: new connections are closed at once. `tls`: it
+    terminates TLS. `cut()` closes all connections, with what is under way lost.
     """
 
     def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
@@ -142,6 +143,7 @@ class Proxy:
 
     async def _wind_up(self) -> None:
         self._server.close()
+        await asyncio.sleep(0.02)  # whoever is just being accepted has no transport yet
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()

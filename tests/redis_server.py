@@ -116,4 +116,4 @@ class RedisServer:
     def held(self, prefix: str) -> int:
         """Members of all the semaphores of a prefix."""
         with self.client() as client:
-            return sum(int(client.zcard(key)) for key in client.scan_iter(f"{{{prefix}}}:1:*"))
+            return sum(int(client.zcard(key)) for key in client.scan_iter(f"{{{prefix}}}:1:[^!]*"))

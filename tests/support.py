@@ -167,3 +167,10 @@ def run_async(main: Callable[[], Awaitable[Any]]) -> Any:
         return await main()
 
     return asyncio.run(whole())
+
+
+def stores_work() -> bool:
+    """Is no store left alone as one that failed?"""
+    from django_concurrency_mw import backends
+
+    return all(store.failure is None for store in backends._instances.values())

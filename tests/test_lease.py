@@ -16,16 +16,18 @@ from typing import Any, ClassVar
 import pytest
 from django.test import RequestFactory
 
-from django_concurrency_mw import drivers, lease, signals
+from django_concurrency_mw import drivers, notices, signals
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.exceptions import BackendError
+from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keeper import Keeper, keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Asked, Slot, Taken
 from django_concurrency_mw.policies import Policy
+from django_concurrency_mw.renewals import renew
 from django_concurrency_mw.steps import acquire
 from django_concurrency_mw.tokens import new_token
 
@@ -56,7 +58,7 @@ def store() -> Counting:
 
 @pytest.fixture(autouse=True)
 def _warned_of_nothing() -> None:
-    lease._once.cache_clear()
+    notices.forget()
 
 
 def policy(name: str = "p", **fields: Any) -> Policy:
@@ -80,23 +82,23 @@ class TestRenewal:
     def test_a_short_request_is_never_renewed(self, store: Counting) -> None:
         held = take(store, policy(ttl=60))
         assert due(held) - held._held[0].since == pytest.approx(20)
-        assert held.renew(held._held[0].since + 19.9) == pytest.approx(due(held))
+        assert renew([held], held._held[0].since + 19.9) == pytest.approx(due(held))
         assert store.renewals == []
         held.release()
 
     def test_a_long_one_is_renewed_at_a_third_of_its_ttl(self, store: Counting) -> None:
         held = take(store, policy(ttl=60))
         start = held._held[0].since
-        assert held.renew(start + 20) == pytest.approx(start + 40)
-        assert held.renew(start + 39) == pytest.approx(start + 40)
-        assert held.renew(start + 40) == pytest.approx(start + 60)
+        assert renew([held], start + 20) == pytest.approx(start + 40)
+        assert renew([held], start + 39) == pytest.approx(start + 40)
+        assert renew([held], start + 40) == pytest.approx(start + 60)
         assert store.renewals == [[60], [60]]
         held.release()
 
     def test_several_slots_of_one_store_are_one_call(self, store: Counting) -> None:
         held = take(store, policy("a"))
         take(store, policy("b"), held)
-        held.renew(due(held) + 1)
+        renew([held], due(held) + 1)
         assert store.renewals == [[60, 60]]
         held.release()
 
@@ -116,7 +118,7 @@ class TestRenewal:
         assert wait_until(lambda: store.snapshot() == [])
         other = take(store, policy("p", ttl=60))
         for held in leases:
-            assert due(held) == lease.NEVER
+            assert due(held) == NEVER
             held.release()
         assert len(store.snapshot()) == 1, "a late release took somebody else's slot"
         (record,) = caplog.records
@@ -128,17 +130,18 @@ class TestRenewal:
         held = take(store, policy(ttl=3))
         start = held._held[0].since
         store.fails = True
-        again = held.renew(start + 1)
+        again = renew([held], start + 1)
         assert start + 1 < again <= start + 2
         store.fails = False
-        held.renew(again)
+        assert wait_until(lambda: store.failure is None)
+        renew([held], again)
         assert held._held[0].ends == pytest.approx(again + 3)
         held.release()
 
     def test_a_slot_that_is_gone_is_not_renewed_any_more(self, store: Counting) -> None:
         held = take(store, policy())
         store.evict(held._held[0].slot.token)
-        assert held.renew(due(held)) == lease.NEVER
+        assert renew([held], due(held)) == NEVER
         assert store.snapshot() == []
         held.release()
 
@@ -147,11 +150,11 @@ class TestMaxAge:
     def test_a_lease_ends_at_max_age_with_a_warning(self, store: Counting, caplog: pytest.LogCaptureFixture) -> None:
         held = take(store, policy(ttl=60, max_age=90))
         start = held._held[0].since
-        held.renew(start + 20)
-        held.renew(start + 40)
+        renew([held], start + 20)
+        renew([held], start + 40)
         assert [seconds for (seconds,) in store.renewals] == [60, pytest.approx(50)]
         assert held._held[0].ends == pytest.approx(start + 90)
-        while (next_look := held.renew(due(held))) != lease.NEVER:
+        while (next_look := renew([held], due(held))) != NEVER:
             assert next_look <= start + 90
         assert len(store.renewals) == 2
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -161,7 +164,7 @@ class TestMaxAge:
     def test_null_is_never(self, store: Counting) -> None:
         held = take(store, policy(ttl=60, max_age=None))
         start = held._held[0].since
-        assert held.renew(start + 10**6) == pytest.approx(start + 10**6 + 20)
+        assert renew([held], start + 10**6) == pytest.approx(start + 10**6 + 20)
         held.release()
 
     def test_a_max_age_below_the_ttl_is_the_lease(self, store: Counting) -> None:
@@ -175,9 +178,9 @@ class TestMaxAge:
         """`ttl: 1h` makes max_age as long by default; a request of 20 minutes is no reason to warn."""
         held = take(store, policy(ttl=3600, max_age=3600))
         start = held._held[0].since
-        assert held.renew(start + 1200) == pytest.approx(start + 3600)
+        assert renew([held], start + 1200) == pytest.approx(start + 3600)
         assert caplog.records == []
-        assert held.renew(start + 3600) == lease.NEVER
+        assert renew([held], start + 3600) == NEVER
         assert "max_age" in caplog.text
         held.release()
 
@@ -190,7 +193,7 @@ class TestARenewalThatGoesWrong:
         held = take(store, policy())
         store.renew = lambda slots: answer  # type: ignore[method-assign]  # a third-party store with a fault
         start = held._held[0].since
-        assert start + 20 < held.renew(start + 20) <= start + 21
+        assert start + 20 < renew([held], start + 20) <= start + 21
         held.release()
 
     @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, RuntimeError])
@@ -306,7 +309,7 @@ class TestKeeper:
                 raise RuntimeError("bad")
 
             def renew(self, now: float) -> float:
-                return lease.NEVER
+                return NEVER
 
         class Good(Bad):
             def release(self) -> None:

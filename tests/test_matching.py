@@ -18,14 +18,14 @@ from django.utils import translation
 
 from django_concurrency_mw import conf
 from django_concurrency_mw.backends import BaseBackend
-from django_concurrency_mw.backends.base import BackendConfig
+from django_concurrency_mw.backends.base import PROBE, BackendConfig
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.outcomes import Slot, TakeReply
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, named, nothing_held, run_async, wait_until
+from .support import OURS, Limits, named, nothing_held, run_async, stores_work, wait_until
 from .views import Deliberate, held, switch
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -322,7 +322,8 @@ class Switchable(BaseBackend):
         type(self).inner = MemoryBackend(BackendConfig("inner", "memory"))
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
-        self.asked.append(f"remote: {' '.join(slot.policy for slot in slots)}")
+        if slots[0].policy != PROBE:
+            self.asked.append(f"remote: {' '.join(slot.policy for slot in slots)}")
         return self._do(self._inner.take, slots)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
@@ -499,6 +500,7 @@ class TestOnBackendError:
         assert answer["type"].endswith("#temporary-reduced-capacity")
         assert answer["violated-policies"] == ["p"]
         Switchable.down = None
+        assert wait_until(stores_work)
         assert told(half, "/told/") == ["p"]
 
     def test_allow(self, limits: Limits, half: str, stores: dict[str, Any]) -> None:
@@ -565,7 +567,7 @@ class TestOnBackendError:
         Switchable.down = "down"
         assert ask(half, "/told/")[0] == 503
         assert Switchable.asked == ["local: q", "remote: p"]
-        assert nothing_held()
+        assert wait_until(nothing_held)
 
     def test_a_shadow_policy_is_never_rejected(self, limits: Limits, half: str, stores: dict[str, Any]) -> None:
         limits(table(p=remote(block=False)), middleware=[OURS], BACKENDS=stores, ON_BACKEND_ERROR="deny")

@@ -20,7 +20,7 @@ from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import Notify
 
-from .support import OURS, Limits, await_until, nothing_held, run_async, wait_until
+from .support import OURS, Limits, await_until, nothing_held, run_async, stores_work, wait_until
 from .test_matching import Switchable, ask, remote, table
 from .test_matching import stores as stores
 from .views import Deliberate, switch
@@ -137,6 +137,7 @@ class TestArguments:
         found = heard(kind)
         for down in (None, "down", "down", None, None, "down", None):
             Switchable.down = down
+            assert wait_until(lambda down=down: down is not None or stores_work())
             assert ask(half, "/told/")[0] == 200
         told = found.of("backend_failed")
         assert [arguments["recovered"] for arguments in told] == [False, True, False, True]
@@ -324,7 +325,8 @@ class TestHarmless:
         for down in ("down", None):
             Switchable.down = down
             assert ask(half, "/told/")[0] == 200
-        assert len(found.of("backend_failed")) == 2
+            assert wait_until(lambda down=down: down is not None or stores_work())
+        assert wait_until(lambda: len(found.of("backend_failed")) == 2)
         assert wait_until(nothing_held)
 
 
@@ -349,6 +351,7 @@ def test_nothing_is_sent_when_nobody_listens(
     )
     for down, path, status in [(None, "/told/", 200), ("down", "/told/", 200), (None, "/told/", 200)]:
         Switchable.down = down
+        assert down is not None or wait_until(stores_work)
         assert ask(half, path)[0] == status
     assert ask(half, "/atold/")[0] == 429
     assert sent == []

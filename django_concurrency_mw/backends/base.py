@@ -5,9 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, NamedTuple
 
-from ..outcomes import Slot, TakeReply
+from ..exceptions import BackendError
+from ..outcomes import Full, Key, Slot, TakeReply
+from ..tokens import new_token
+
+#: Seconds after which a `restore` that was given up has no effect any more.
+RESTORE_WITHIN: Final = 1.0
+#: The semaphore of a store's own, for probing; no policy can be called so.
+PROBE: Final = "!probe"
+
+
+class Restore(NamedTuple):
+    """A holder to be counted again: for `seconds` from now, but only as long as it is not `until` (monotonic seconds), when
+    its lease may have ended; infinite for one that the store has never counted."""
+
+    slot: Slot
+    seconds: float
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,9 @@ class BaseBackend(ABC):
     #: lets a cancelled take run to its end before it gives back, as the release must never overtake the acquire.
     cancel_safe: ClassVar[bool] = False
 
+    #: Why it is left alone now: it failed, and no probe has succeeded since. Kept by `health`.
+    failure: Exception | None = None
+
     def __init__(self, config: BackendConfig) -> None:
         """Keep the configuration; connect to nothing. Raises: ImproperlyConfigured for options it does not know."""
         self.config = config
@@ -65,6 +84,25 @@ class BaseBackend(ABC):
     @abstractmethod
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         """Let each slot's lease end `seconds` from now. Returns which are still held; a lapsed one is not brought back."""
+
+    def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
+        """Count holders again that the store has lost, whatever the limit; nobody who was evicted, or stands there lapsed.
+
+        Returns which are held now. A call that fails has no effect later than RESTORE_WITHIN seconds after it. The default
+        is for a store that never loses anything: none.
+        """
+        return [False] * len(holders)
+
+    def probe(self) -> None:
+        """Can it take and give? In the keeper's thread, and not before it has failed. Raises: whatever is wrong."""
+        slot = Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token(), block=True)
+        reply = self.take((slot,))
+        self.give((slot,))
+        if isinstance(reply, Full):
+            raise BackendError("it is full of probes")
+
+    def recovered(self) -> None:  # noqa: B027  # nothing to do, for most stores
+        """A probe has succeeded after it had failed. In the keeper's thread."""
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         """`take` on an event loop. The default calls `take` in a thread of asgiref's."""

@@ -18,7 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ..exceptions import BackendError
 from ..outcomes import Full, Slot, Taken, TakeReply
-from .base import BackendConfig, BaseBackend, Holder
+from .base import BackendConfig, BaseBackend, Holder, Restore
 
 #: Characters of key and path text that a holder keeps for people.
 TEXT_LIMIT = 200
@@ -96,12 +96,14 @@ class MemoryBackend(BaseBackend):
         self._late: deque[Slot] = deque()
         self._semaphores: dict[tuple[str, bytes], _Semaphore] = {}
         self._most = 0
+        #: token -> the end of the lease that an operator cut short (monotonic seconds).
+        self._evicted: dict[str, float] = {}
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         now = monotonic()
         with self._lock as alone:
             if not alone:
-                raise BackendError("a take inside another one, from a garbage collection")
+                raise BackendError("a take inside another one, from a garbage collection", whole=False)
             self._drop_late()
             full = [slot.block and not self._fits(slot, now) for slot in slots]
             if True in full:
@@ -110,7 +112,7 @@ class MemoryBackend(BaseBackend):
             for slot in slots:
                 got = slot.block or self._fits(slot, now)
                 if got:
-                    self._hold(slot, now)
+                    self._hold(slot, now, now + slot.ttl)
                 held.append(got)
                 in_flight.append(self._count(slot.semaphore))
             self._drop_late()
@@ -137,10 +139,19 @@ class MemoryBackend(BaseBackend):
             self._drop_late()
             return [self._renew(slot, now, now + seconds) for slot, seconds in slots]
 
+    def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
+        now = monotonic()
+        with self._lock:
+            self._drop_late()
+            return [self._restore(holder, now) for holder in holders]
+
     def evict(self, token: str) -> bool:
         with self._lock:
+            now = monotonic()
+            self._evicted = {known: ends for known, ends in self._evicted.items() if ends > now}
             held = [name for name, semaphore in self._semaphores.items() if token in semaphore]
             for name in held:
+                self._evicted[token] = max(self._evicted.get(token, 0.0), self._semaphores[name][token].ends)
                 self._drop(name, token)
         return bool(held)
 
@@ -177,13 +188,12 @@ class MemoryBackend(BaseBackend):
         semaphore = self._semaphores.get(name)
         return 0 if semaphore is None else len(semaphore)
 
-    def _hold(self, slot: Slot, now: float) -> None:
+    def _hold(self, slot: Slot, now: float, ends: float) -> None:
         semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
             semaphore = self._semaphores[slot.semaphore] = _Semaphore()
             self._most = max(self._most, len(self._semaphores))
         if slot.token not in semaphore:
-            ends = now + slot.ttl
             semaphore[slot.token] = _Held(now, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT])
             semaphore.earliest = min(semaphore.earliest, ends)
 
@@ -209,6 +219,15 @@ class MemoryBackend(BaseBackend):
             return False
         held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)
+        return True
+
+    def _restore(self, holder: Restore, now: float) -> bool:
+        semaphore = self._semaphores.get(holder.slot.semaphore)
+        if semaphore is not None and holder.slot.token in semaphore:
+            return self._renew(holder.slot, now, now + holder.seconds)
+        if now >= holder.until or self._evicted.get(holder.slot.token, 0.0) > now:
+            return False
+        self._hold(holder.slot, now, now + holder.seconds)
         return True
 
 

@@ -161,6 +161,18 @@ class Lines:
                 raise _Refused(f"{len(refused)} releases could not be carried out yet")
             self._free.append(line)
 
+    def refresh(self) -> None:
+        """Something failed: close what was not used a moment ago, as it may be dead, and connect anew, which is the next to be
+        used. Raises: RedisError, OSError."""
+        now = monotonic()
+        for line in [line for line in list(self._free) if line.used < now - self._recipe.timeout]:
+            try:
+                self._free.remove(line)
+            except ValueError:  # in use again
+                continue
+            self._lost(line)
+        self._free.append(self._connect(now + self._recipe.timeout))
+
     def close(self) -> None:
         """Hear what is owed and close the connections that are not in use."""
         for line in list(self._free):

@@ -75,6 +75,7 @@ class Mux:
         self._error: BaseException | None = None
         self._next_try = self._not_before = self._heard = self._connected_at = 0.0
         self._failures = 0
+        self._hurry = asyncio.Event()
         self.connects = self.dropped = 0
 
     # -- for callers --------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ class Mux:
         error: BaseException | None
         try:
             while True:
-                await asyncio.sleep(max(0, self._next_try - self.loop.time()))
+                await self._pause()
                 try:
                     conn = await self._connect()
                     await self._send_again(conn)
@@ -201,6 +202,18 @@ class Mux:
                 self._conn = None
                 await conn.disconnect(nowait=True)
             self._owner = None
+
+    async def _pause(self) -> None:
+        self._hurry.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            left = self._next_try - self.loop.time()
+            if left > 0:
+                await asyncio.wait_for(self._hurry.wait(), left)
+
+    def retry_now(self) -> None:
+        """Somebody else has reached the server."""
+        self._next_try = self._not_before = 0.0
+        self._hurry.set()
 
     async def _farewell(self, conn: Any) -> None:
         """Send the last releases and hear their replies, but not for long."""

@@ -7,22 +7,26 @@ take all of a request's slots, and one ZREM per slot, in one packet, to give the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, ClassVar
 
+from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
 from redis.exceptions import RedisError
 
-from ...exceptions import BackendError
+from ...exceptions import PermanentBackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
-from ..base import BackendConfig, BaseBackend, Holder
+from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore
 from . import wire
 from .connecting import Recipe
+from .errors import classed
 from .leftovers import Leftovers, Release
 from .lines import Lines
 from .mux import Mux
@@ -75,18 +79,48 @@ class RedisBackend(BaseBackend):
             held += [bool(each) for each in reply]
         return held
 
+    def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
+        held: list[bool] = []
+        for first in range(0, len(holders), RENEW_AT_ONCE):
+            held += self._restore(holders[first : first + RENEW_AT_ONCE])
+        return held
+
+    def _restore(self, holders: Sequence[Restore]) -> list[bool]:
+        seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
+        # The server's clock was read before ours is: what is left of a lease by this reckoning is never too long.
+        then, now = int(seconds) * 1000 + int(micros) // 1000, monotonic()
+        within = min(RESTORE_WITHIN, self._recipe.timeout)
+        packed = self._keys.restore(
+            [(slot, lease, then + int(1000 * min(within, until - now))) for slot, lease, until in holders]
+        )
+        return [bool(each) for each in self._call(packed, (), lambda: packed)]
+
+    def probe(self) -> None:
+        try:
+            self._lines.refresh()
+        except Exception as error:
+            raise classed(error, self._keys) from error
+        super().probe()
+
+    def recovered(self) -> None:
+        for loop, mux in list(self._muxes.items()):
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(mux.retry_now)
+        if self._leftovers:
+            self._wake()
+
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         mux = self._mux()
         try:
             waiter = mux.call(self._keys.take(slots), partial(self._keys.take, slots, whole=True))
         except RedisError as error:  # nothing was sent
-            raise BackendError(str(error)) from error
+            raise classed(error, self._keys) from error
         try:
             reply = await waiter
         except BaseException as error:
             mux.tell(self._keys.give(slots))  # behind the acquire, on its connection: only there it cannot overtake
             if isinstance(error, RedisError):
-                raise BackendError(str(error)) from error
+                raise classed(error, self._keys) from error
             raise
         return wire.taken(reply, slots)
 
@@ -100,9 +134,10 @@ class RedisBackend(BaseBackend):
             with self._recipe.client() as client:
                 for key in client.scan_iter(match=self._keys.pattern, count=1000):
                     for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
-                        found = bool(client.zrem(key, member[0])) or found
-        except (RedisError, OSError) as error:
-            raise BackendError(str(error)) from error
+                        gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member[0], token)
+                        found = bool(gone) or found
+        except Exception as error:
+            raise classed(error, self._keys) from error
         return found
 
     def snapshot(self) -> Sequence[Holder]:
@@ -114,9 +149,23 @@ class RedisBackend(BaseBackend):
                 for key in client.scan_iter(match=self._keys.pattern, count=1000):
                     for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
                         holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
-        except (RedisError, OSError) as error:
-            raise BackendError(str(error)) from error
+        except Exception as error:
+            raise classed(error, self._keys) from error
         return holders
+
+    def check(self) -> Sequence[CheckMessage]:
+        """Asks the server once, for `socket_timeout` at most."""
+        place = f"CONCURRENCY_LIMIT['BACKENDS'][{self.config.alias!r}]"
+        try:
+            super().probe()
+        except PermanentBackendError as error:
+            return [Error(f"{place}: {error}", hint=f"{_capital(error.cure)}.", id="django_concurrency_mw.E005")]
+        except Exception as error:
+            hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
+            return [Warning(f"{place} cannot be asked: {error}", hint=hint, id="django_concurrency_mw.W006")]
+        finally:
+            self._lines.close()
+        return []
 
     def close(self) -> None:
         """Close the idle connections of threads; those of event loops end with their loop."""
@@ -128,7 +177,7 @@ class RedisBackend(BaseBackend):
         try:
             return self._lines.call(packed, undo, whole)
         except Exception as error:  # also what a keyword or a credential provider of the project's raises
-            raise BackendError(str(error)) from error
+            raise classed(error, self._keys) from error
 
     def _mux(self) -> Mux:
         """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""
@@ -148,6 +197,9 @@ class RedisBackend(BaseBackend):
 
     def _deliver(self) -> None:
         """In the keeper's thread."""
+        if self.failure is not None:  # nobody connects but the probe, until that succeeds: see `recovered`
+            self._delivering = False
+            return
         try:
             self._lines.deliver()
         except (RedisError, OSError):
@@ -186,6 +238,10 @@ class RedisBackend(BaseBackend):
         self._lines.forget()
         self._muxes = {}
         self._tended = self._delivering = False
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 _stores: weakref.WeakSet[RedisBackend] = weakref.WeakSet()

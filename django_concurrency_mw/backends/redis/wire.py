@@ -34,6 +34,11 @@ class Script:
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
         self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}
 
+    @property
+    def head(self) -> bytes:
+        """EVAL and the text, packed."""
+        return self._heads[True]
+
     def call(self, keys: Sequence[bytes], arguments: Sequence[bytes], each: int, *, whole: bool) -> bytes:
         """The packed call; `whole` sends the text itself. Keys are packed, arguments too, `each` of them per key."""
         number = bulk(b"%d" % len(keys))
@@ -58,6 +63,10 @@ def pack(*arguments: bytes) -> bytes:
 
 TAKE = Script("take.lua")
 RENEW = Script("renew.lua")
+#: Rare, so they are always sent whole.
+RESTORE = Script("restore.lua")
+EVICT = Script("evict.lua")
+TIME = pack(b"TIME")
 
 
 class Keys:
@@ -67,6 +76,8 @@ class Keys:
         self.prefix = f"{{{prefix}}}:{FORMAT}:".encode()
         #: For SCAN: every semaphore of the alias, and nothing else of its keys.
         self.pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self.prefix) + b"[-A-Za-z0-9_.]*:*"
+        #: The tokens of those who were evicted, until their leases would have ended.
+        self.tombstones = self.prefix + b"!evicted"
         self._heads: dict[str, bytes] = {}
 
     def semaphore(self, slot: Slot) -> bytes:
@@ -98,6 +109,23 @@ class Keys:
             for (_, seconds), (_, holder) in zip(slots, names, strict=True)
         ]
         return RENEW.call(keys, arguments, 2, whole=whole)
+
+    def restore(self, holders: Sequence[tuple[Slot, float, int]]) -> bytes:
+        """The one command that counts all of them again: for so many seconds, and not after that ms of the server's clock."""
+        names = [self._names(slot) for slot, _, _ in holders]
+        arguments = [
+            b"%b%b%b%b" % (bulk(b"%d" % until), bulk(b"%d" % milliseconds(seconds)), holder, bulk(slot.token.encode()))
+            for (slot, seconds, until), (_, holder) in zip(holders, names, strict=True)
+        ]
+        # The tombstones are one more key, which has no arguments.
+        return b"*%d\r\n%b%b%b%b%b" % (
+            3 + len(names) * 5 + 1,
+            RESTORE.head,
+            bulk(b"%d" % (len(names) + 1)),
+            b"".join(key for key, _ in names),
+            bulk(self.tombstones),
+            b"".join(arguments),
+        )
 
     def give(self, slots: Sequence[Slot]) -> list[Release]:
         """One ZREM each, which is of use until the lease has ended by itself."""

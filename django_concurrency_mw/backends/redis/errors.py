@@ -1,0 +1,43 @@
+"""What an error of Redis means: does it go by, does it need somebody to change something, and is it this key's alone."""
+
+from __future__ import annotations
+
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
+
+from ...exceptions import BackendError, PermanentBackendError
+from .wire import Keys
+
+#: What an ACL user needs; `%s` is the prefix of its keys.
+PERMISSIONS = (
+    "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zscore +zrem +zrangebyscore +zremrangebyscore +zscan "
+    "+scan +pexpire +pttl +time +client|info +client|kill"
+)
+
+
+def classed(error: Exception, keys: Keys) -> BackendError:
+    """The error of this package for one of redis-py's, or of whatever an option of the project's raised."""
+    text = str(error) or type(error).__name__
+    cure = _cure(error, text, keys.prefix.decode())
+    if cure:
+        # A key of another type is in the way of its own semaphore alone.
+        return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))
+    return BackendError(text)
+
+
+def _cure(error: Exception, text: str, prefix: str) -> str:
+    if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
+        return "the ACL user of LOCATION may not do what the store needs: " + PERMISSIONS % prefix
+    if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
+        return "put the right user and password into LOCATION, or into OPTIONS as `username` and `password`"
+    if "unknown command" in text.lower():
+        return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + PERMISSIONS % prefix
+    if _is(text, "WRONGTYPE"):
+        return f"another program keeps a key of its own under {prefix}: choose another KEY_PREFIX, and remove that key"
+    if _is(text, "CROSSSLOT"):
+        return "this is a Redis Cluster, and something between it and us changes the names of keys"
+    return ""
+
+
+def _is(text: str, *codes: str) -> bool:
+    """A script's error repeats the code inside."""
+    return any(text.startswith(code) or f" {code} " in text for code in codes)

@@ -1,0 +1,79 @@
+"""One slot that a request holds: since when, until when by the last word of its store, and when it wants to be renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Protocol
+
+from .outcomes import Slot
+from .policies import Policy
+
+#: A lease is renewed when this part of its ttl has passed, so that two renewals may fail before it ends.
+RENEW_AFTER = 1 / 3
+NEVER = float("inf")
+
+
+class Held:
+    """One slot in a lease. Times are monotonic seconds, read before the store was asked, so never later than its own."""
+
+    __slots__ = (
+        "acquisition",
+        "announced",
+        "confirmed",
+        "due",
+        "ends",
+        "local",
+        "lost",
+        "policy",
+        "since",
+        "slot",
+        "store",
+    )
+
+    def __init__(self, store: Any, policy: Policy, slot: Slot) -> None:
+        self.store, self.policy, self.slot = store, policy, slot
+        #: The token of the take that asked for it; a stand-in has one of its own, as that take is undone.
+        self.acquisition = slot.token
+        #: The store said that it is held. Until then nobody counts it.
+        self.confirmed = False
+        #: Counted by this process alone, as its store failed.
+        self.local = False
+        #: The store says that it is gone: lapsed, or taken away.
+        self.lost = False
+        #: `slot_acquired` was sent, so `slot_released` will be.
+        self.announced = False
+        self.since = monotonic()
+        self.ends = self.since + slot.ttl
+        #: When it wants to be renewed, or registered.
+        self.due = self.since + slot.ttl * RENEW_AFTER if policy.renew else NEVER
+
+    @property
+    def last(self) -> float:
+        """No renewal goes beyond this."""
+        if not self.policy.renew:
+            return self.since + self.slot.ttl
+        return NEVER if self.policy.max_age is None else self.since + self.policy.max_age
+
+    def extended(self, now: float, seconds: float) -> None:
+        """It is held for so long from `now`."""
+        self.ends = now + seconds
+        self.due = now + seconds * RENEW_AFTER if self.policy.renew else NEVER
+
+
+class Holder(Protocol):
+    """A lease, as those see it who renew."""
+
+    def holdings(self) -> Sequence[Held]:
+        """What it may hold now."""
+
+    def holds(self, held: Held) -> bool:
+        """Is it still there, or was it given back?"""
+
+
+def by_store(held: Sequence[Held]) -> list[tuple[Any, list[Held]]]:
+    """In the order of first sight."""
+    groups: dict[int, tuple[Any, list[Held]]] = {}
+    for one in held:
+        groups.setdefault(id(one.store), (one.store, []))[1].append(one)
+    return list(groups.values())
