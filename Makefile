@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-redis test test-all check clean
+.PHONY: help demo demo-redis test chaos test-all check clean
 
 help:
 	@echo "make demo        start the example site under real servers, send bursts, see the caps hold"
 	@echo "make demo-redis  the same on two servers at once, with one Redis and one cap (needs redis-server)"
 	@echo "make test        run the test suite"
+	@echo "make chaos       all of the chaos suite, of which make test runs a part (ten minutes)"
 	@echo "make test-all    run it on every supported Python and Django, and with every redis-py (half an hour)"
 	@echo "make check       ruff, mypy, import-linter"
 	@echo "make clean       remove what these made, the virtual environments included"
@@ -23,6 +24,10 @@ demo-redis: $(VENV)/.demo-stamp
 
 test: $(VENV)/.dev-stamp
 	@$(BIN)/python -m pytest
+
+# Ports, files and processes are its own, so it can run beside other things; it wants an idle machine all the same.
+chaos: $(VENV)/.dev-stamp
+	@CHAOS=long $(BIN)/python -m pytest tests/chaos
 
 # One session of it: make test-all NOX="-s redis"
 test-all: $(VENV)/.dev-stamp

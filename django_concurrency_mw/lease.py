@@ -34,11 +34,28 @@ logger = logging.getLogger("django_concurrency_mw")
 REGISTER_AFTER = 0.1
 #: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process.
 _counting = threading.Lock()
+#: id -> what this process holds in a store's stead; those that are over are dropped at the next look.
+_stand_ins: dict[int, tuple[Lease, Held]] = {}
+
+
+#: Not empty while somebody counts.
+_standing_in: list[bool] = []
 
 
 def _forked() -> None:
     global _counting
     _counting = threading.Lock()  # a thread that is not in the child may have held it
+    _stand_ins.clear()
+    _standing_in.clear()
+
+
+@contextlib.contextmanager
+def _marked() -> Iterator[None]:
+    _standing_in.append(True)
+    try:
+        yield
+    finally:
+        _standing_in.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -109,9 +126,21 @@ class Lease:
         with contextlib.suppress(ValueError):
             self._held.remove(held)
 
+    def uncounted(self, store: Any, slots: Sequence[Slot]) -> tuple[int, ...]:
+        """How many of each semaphore this process holds in the store's stead, which the store does not count; empty where
+        there is none. Asked after `confirm`, so that of a take and a stand-in at the same time one sees the other."""
+        if not _stand_ins and not _standing_in:
+            return ()
+        with _counting:
+            for number, (lease, held) in list(_stand_ins.items()):
+                if not held.local or not lease.holds(held):
+                    del _stand_ins[number]
+            standing = [held.slot.semaphore for _, held in _stand_ins.values() if held.store is store]
+            return tuple(standing.count(slot.semaphore) for slot in slots) if standing else ()
+
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: count what this process itself holds there, in the store and in its stead."""
-        with _counting:
+        with _counting, _marked():
             counts = {slot.semaphore: 0 for slot in slots}
             for held in _all_held():
                 if held.confirmed and held.store is store and held.slot.semaphore in counts:
@@ -120,6 +149,7 @@ class Lease:
                 return False, tuple(counts[slot.semaphore] for slot in slots)
             new = [_instead(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
             self._held += new
+            _stand_ins.update((id(held), (self, held)) for held in new)
             keeper.watch(self, min(held.due for held in new))
             return True, tuple(counts[slot.semaphore] + 1 for slot in slots)
 

@@ -70,6 +70,9 @@ class Ledger(Protocol):
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed, so nobody knows whether they are held: they have to be given back all the same."""
 
+    def uncounted(self, store: Any, slots: Sequence[Slot]) -> tuple[int, ...]:
+        """After `confirm`: how many of each are held in the store's stead, and not counted there; empty where none is."""
+
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: this process's own count decides. All of the slots or none; with the counts."""
 
@@ -159,7 +162,7 @@ def acquire(
             lease.doubt(slots)
             reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
-            reason = _settle(reply, group, slots, lease, account)
+            reason = _settle(store, reply, group, slots, lease, account)
             fields += [
                 (entry.policy.name, entry.limit, max(0, entry.limit - count))
                 for entry, count in zip(group, reply.in_flight, strict=True)
@@ -199,7 +202,7 @@ def _rounds(wanted: Sequence[Asked], stores: dict[str, Any]) -> list[tuple[Any, 
 
 
 def _settle(
-    reply: TakeReply, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account
+    store: Any, reply: TakeReply, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account
 ) -> Reason | None:
     if isinstance(reply, Full):
         lease.confirm(slots, ())
@@ -212,7 +215,12 @@ def _settle(
     lease.confirm(slots, [slot for slot, held in zip(slots, reply.held, strict=True) if held])
     for entry, held, count in zip(group, reply.held, reply.in_flight, strict=True):
         account.states[entry.policy.name] = ("held" if held else "over", count)
-    return None
+    for entry, count, more in zip(group, reply.in_flight, lease.uncounted(store, slots), strict=False):
+        # The store has just come back, or has failed once, and does not count all that this process has let in.
+        if entry.policy.block and count + more > entry.limit:
+            account.full[entry.policy.name] = entry.limit
+            account.states[entry.policy.name] = ("over", entry.limit)
+    return "full" if account.full else None
 
 
 def _fail_over(

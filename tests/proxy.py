@@ -57,6 +57,20 @@ class Proxy:
         """Close the clients' side alone: what they have sent still arrives, when its delay is over."""
         asyncio.run_coroutine_threadsafe(self._cut_clients(), self._loop).result(5)
 
+    def shut(self) -> None:
+        """Nobody listens at the port any more, and all connections are cut."""
+
+        async def close() -> None:
+            self._server.close()
+            await asyncio.sleep(0.01)
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(5)
+        self.cut()
+
+    def open(self) -> None:
+        """Listen again, at the same port."""
+        asyncio.run_coroutine_threadsafe(self._listen(self.port), self._loop).result(5)
+
     def stop(self) -> None:
         self.cut()
         asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(5)
@@ -67,13 +81,13 @@ class Proxy:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
 
-        async def listen() -> None:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self.tls)
-            self.port = self._server.sockets[0].getsockname()[1]
-            self._ready.set()
-
-        self._loop.run_until_complete(listen())
+        self._loop.run_until_complete(self._listen(0))
+        self._ready.set()
         self._loop.run_forever()
+
+    async def _listen(self, port: int) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port, ssl=self.tls)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

@@ -1,0 +1,162 @@
+"""A site that times what the middleware costs each request, and counts in memory how many are inside its views at once.
+
+`/work/` and `/awork/` hold a slot for `for` milliseconds of the query. The answer's headers say what the middleware cost
+(`X-Ours`, seconds), and what the policy's word was (`X-State`). `/gauge/` tells and resets the count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+from asgiref.sync import iscoroutinefunction
+from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.urls import path
+from django.utils.decorators import sync_and_async_middleware
+
+Answer = Callable[[HttpRequest], Any]
+
+
+class Count:
+    """Of this process alone."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = self.most = self.admitted = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            self.inside += 1
+            self.admitted += 1
+            self.most = max(self.most, self.inside)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+
+
+count = Count()
+
+
+@sync_and_async_middleware
+def stopwatch(get_response: Answer) -> Answer:
+    """Outermost: all the time that is not the view's."""
+
+    def stamped(request: HttpRequest, response: HttpResponse, began: float) -> HttpResponse:
+        spent = monotonic() - began - getattr(request, "in_view", 0.0)
+        response["X-Ours"] = f"{spent:.6f}"
+        results = request.concurrency.policies  # type: ignore[attr-defined]  # ours sets it
+        response["X-State"] = results[0].state if results else ""
+        return response
+
+    if iscoroutinefunction(get_response):
+
+        async def amiddleware(request: HttpRequest) -> HttpResponse:
+            began = monotonic()
+            return stamped(request, await get_response(request), began)
+
+        return amiddleware
+
+    def middleware(request: HttpRequest) -> HttpResponse:
+        began = monotonic()
+        return stamped(request, get_response(request), began)
+
+    return middleware
+
+
+def _seconds(request: HttpRequest) -> float:
+    return float(request.GET.get("for", "20")) / 1000
+
+
+def work(request: HttpRequest) -> HttpResponse:
+    began = monotonic()
+    with count():
+        sleep(_seconds(request))
+    request.in_view = monotonic() - began  # type: ignore[attr-defined]
+    return HttpResponse("done")
+
+
+async def awork(request: HttpRequest) -> HttpResponse:
+    began = monotonic()
+    with count():
+        await asyncio.sleep(_seconds(request))
+    request.in_view = monotonic() - began  # type: ignore[attr-defined]
+    return HttpResponse("done")
+
+
+def stream(request: HttpRequest) -> StreamingHttpResponse:
+    def chunks() -> Iterator[bytes]:
+        with count():
+            for _ in range(10):
+                sleep(_seconds(request) / 10)
+                yield b"x" * 1000
+
+    return StreamingHttpResponse(chunks())
+
+
+async def astream(request: HttpRequest) -> StreamingHttpResponse:
+    async def chunks() -> Any:
+        with count():
+            for _ in range(10):
+                await asyncio.sleep(_seconds(request) / 10)
+                yield b"x" * 1000
+
+    return StreamingHttpResponse(chunks())
+
+
+def spin(request: HttpRequest) -> HttpResponse:
+    """A neighbour that keeps a core busy; it is not limited."""
+    end = monotonic() + _seconds(request)
+    while monotonic() < end:
+        sum(range(1000))
+    return HttpResponse("done")
+
+
+def fork(request: HttpRequest) -> HttpResponse:
+    """Forks inside the request; the child ends as a process ends that runs its exit handlers."""
+    pid = os.fork()
+    if pid == 0:
+        import atexit
+
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with count():
+        sleep(_seconds(request))
+    return HttpResponse("done")
+
+
+def gauge(request: HttpRequest) -> HttpResponse:
+    with count.lock:
+        told = {"most": count.most, "admitted": count.admitted, "inside": count.inside, "pid": os.getpid()}
+        if "reset" in request.GET:
+            count.most, count.admitted = count.inside, 0
+    return JsonResponse(told)
+
+
+async def agauge(request: HttpRequest) -> HttpResponse:
+    return gauge(request)
+
+
+def ready(request: HttpRequest) -> HttpResponse:
+    return JsonResponse({"held": []})
+
+
+urlpatterns = [
+    path("work/", work, name="limited-work"),
+    path("awork/", awork, name="limited-awork"),
+    path("stream/", stream, name="limited-stream"),
+    path("astream/", astream, name="limited-astream"),
+    path("fork/", fork, name="limited-fork"),
+    path("spin/", spin, name="spin"),
+    path("gauge/", gauge, name="gauge"),
+    path("agauge/", agauge, name="agauge"),
+    path("-/held/", ready, name="ready"),
+]

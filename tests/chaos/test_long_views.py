@@ -1,0 +1,97 @@
+"""Views that outlive their ttl, with a neighbour that keeps the processor busy; and a slow store with many clients."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from ..proxy import Proxy
+from ..redis_server import RedisServer
+from ..servers import crowd, get
+from ..support import wait_until
+from . import LONG
+from .sites import Site, chaos_site
+
+SERVERS = {
+    "gthread": ("gthread", "--workers", "1", "--threads", "80"),
+    "uvicorn": ("uvicorn", "--workers", "1"),
+}
+
+
+@pytest.mark.parametrize("server", list(SERVERS) if LONG else ["gthread"])
+def test_a_renewed_lease_holds_the_cap_beside_a_busy_neighbour(
+    server: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """Views of 4 s under `ttl: 1`, 64 clients, and one more request that spins in Python all the while."""
+    name, *options = SERVERS[server]
+    with chaos_site(name, redis_server, tmp_path, *options, ttl=1) as site:
+        busy = threading.Thread(target=lambda: get(site.port, "/spin/?for=9000"), daemon=True)
+        busy.start()
+        statuses = crowd(site.port, f"{site.view}?for=4000", 64, 6)
+        told = site.gauge()
+        print(f"{server}: {statuses}, {told}")
+        assert told["most"] == 5, "never above the cap, and reached"
+        assert statuses[200] == told["admitted"] >= 10
+        assert set(statuses) == {200, 429}
+        assert wait_until(lambda: site.held() == 0, 5)
+        assert "slot is lost" not in site.text()
+
+
+@pytest.mark.parametrize("server", list(SERVERS) if LONG else ["gthread"])
+def test_without_renewal_the_slot_ends_and_the_late_release_is_told_once(
+    server: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    name, *options = SERVERS[server]
+    with chaos_site(name, redis_server, tmp_path, *options, ttl=1, renew=False) as site:
+        first = site.hold(5, 2500)
+        assert wait_until(lambda: site.held() == 5)
+        assert wait_until(lambda: site.status() == 200, 3), "its ttl did not end it"
+        second = site.hold(3, 2500)
+        assert wait_until(lambda: site.gauge()["inside"] == 8)
+        for thread in first:
+            thread.join()
+        assert site.gauge()["inside"] == 3
+        assert wait_until(lambda: "slot is lost" in site.text())
+        (line,) = [line for line in site.text().splitlines() if "slot is lost" in line]
+        assert "policy cap" in line
+        assert "has ended, 1." in line
+        assert "Raise `ttl`" in line
+        for thread in second:
+            thread.join()
+        assert wait_until(lambda: site.held() == 0, 5)
+
+
+def test_a_slow_store_and_200_clients_at_once(redis_server: RedisServer, tmp_path: Path) -> None:
+    """300 ms of latency, a `socket_timeout` of 1 s, a limit of 1,000: nobody is turned away, nothing fails."""
+    proxy = Proxy(redis_server.port)
+    proxy.delay = lambda: 0.15
+    try:
+        with chaos_site(
+            "uvicorn", redis_server, tmp_path, url=proxy.url, timeout=1.0, max_concurrent=1000, ttl=600
+        ) as site:
+            assert site.status() == 200  # connected
+            statuses = asyncio.run(everybody(site, 200))
+            assert statuses == [200] * 200
+            assert wait_until(lambda: site.held() == 0, 5)
+            assert "fails" not in site.text()
+    finally:
+        proxy.stop()
+
+
+async def everybody(site: Site, number: int) -> list[int]:
+    async def one() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(f"GET {site.view}?for=50 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        status = int((await reader.readline()).split()[1])
+        await reader.read()
+        writer.close()
+        return status
+
+    began = monotonic()
+    statuses = await asyncio.gather(*[one() for _ in range(number)])
+    print(f"{number} in {monotonic() - began:.2f} s")
+    return list(statuses)
