@@ -106,15 +106,16 @@ def _instead(store: BaseBackend, error: Exception) -> None:
 def _say_of_one_call(store: BaseBackend, error: BackendError) -> None:
     if isinstance(error, PermanentBackendError):
         with _changing:
-            if (store, type(error)) in _said:
+            said = _said.setdefault(store, set())
+            if type(error) in said:
                 return
-            _said.add((store, type(error)))
+            said.add(type(error))
         logger.error("backend %s: %r. This does not go away by itself: %s", store.config.alias, error, error.cure)
 
 
 #: The stores whose breaker is open.
 _down: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
-_said: set[tuple[BaseBackend, type]] = set()
+_said: weakref.WeakKeyDictionary[BaseBackend, set[type]] = weakref.WeakKeyDictionary()
 _changing = threading.Lock()
 
 

@@ -14,6 +14,7 @@ from django.test import RequestFactory, override_settings
 
 from django_concurrency_mw import concurrency_limit, conf
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
+from django_concurrency_mw.backends.redis.errors import PERMISSIONS
 from django_concurrency_mw.loader import load_policies
 
 from .redis_server import RedisServer
@@ -125,7 +126,7 @@ def test_the_policy_of_the_page_on_streaming_is_good(tmp_path: Path) -> None:
     assert policy.max_age is None
 
 
-@pytest.mark.parametrize("page", ["stores.md", "asgi-and-streaming.md"])
+@pytest.mark.parametrize("page", ["stores.md", "asgi-and-streaming.md", "guarantees.md"])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (DOCS / page).read_text()):
         file, _, anchor = target.partition("#")
@@ -136,3 +137,17 @@ def test_links_lead_somewhere(page: str) -> None:
             if line.startswith("#")
         }
         assert not anchor or anchor in headings, target
+
+
+def test_every_proof_of_the_page_on_guarantees_is_there() -> None:
+    root = DOCS.parent
+    proofs = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (DOCS / "guarantees.md").read_text())
+    assert len(proofs) >= 25
+    for file, name in proofs:
+        text = (root / file).read_text()
+        assert not name or re.search(rf"^(async )?(def|class) {name}\b", text, re.MULTILINE), f"{file}::{name}"
+
+
+def test_the_rights_of_the_page_on_stores_are_those_that_a_check_names() -> None:
+    named = PERMISSIONS.split("* ", 1)[1]
+    assert named in block("stores.md", "text", "ACL SETUSER")
