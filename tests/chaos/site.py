@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -120,11 +121,10 @@ def spin(request: HttpRequest) -> HttpResponse:
 
 
 def fork(request: HttpRequest) -> HttpResponse:
-    """Forks inside the request; the child ends as a process ends that runs its exit handlers."""
+    """Forks inside the request; the child gives its slots back, as it believes, and ends with its exit handlers run."""
     pid = os.fork()
     if pid == 0:
-        import atexit
-
+        request.concurrency.release()  # type: ignore[attr-defined]  # ours sets it
         atexit._run_exitfuncs()
         os._exit(0)
     os.waitpid(pid, 0)

@@ -64,7 +64,7 @@ def test_long_holders_are_counted_again_after_a_flush(server: str, redis_server:
         assert wait_until(lambda: site.held() == 0, 10)
 
 
-@pytest.mark.parametrize("server", ["gthread", "uvicorn"] if LONG else ["uvicorn"])
+@pytest.mark.parametrize("server", ["gthread", "uvicorn"])
 def test_scripts_that_are_flushed_are_not_missed(server: str, redis_server: RedisServer, tmp_path: Path) -> None:
     name, *options = SERVERS[server]
     with chaos_site(name, redis_server, tmp_path, *options) as site, redis_server.client() as client:

@@ -99,7 +99,7 @@ def test_workers_that_are_replaced_leave_nothing(server: str, redis_server: Redi
 def test_a_child_that_is_forked_inside_a_request_gives_nothing_back(
     server: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    """It runs its exit handlers while its parent still is inside, and then the parent goes on as before."""
+    """It says that it is done and runs its exit handlers while its parent still is inside; that goes on as before."""
     name, *options = SERVERS[server]
     with chaos_site(name, redis_server, tmp_path, *options, ttl=600) as site:
         view = "/fork/"
