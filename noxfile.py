@@ -15,7 +15,14 @@ import nox
 #: Python -> the Djangos that run on it.
 CELLS = {"3.11": ("5.2",), "3.12": ("5.2", "6.0", "6.1"), "3.13": ("5.2", "6.0", "6.1")}
 REDIS_PY = ("5", "6", "7", "8")
-REDIS_TESTS = ("tests/test_redis.py", "tests/test_steps.py", "tests/test_servers_redis.py")
+REDIS_TESTS = (
+    "tests/test_redis.py",
+    "tests/test_redis_recovery.py",
+    "tests/test_redis_errors.py",
+    "tests/test_renewals.py",
+    "tests/test_steps.py",
+    "tests/test_servers_redis.py",
+)
 #: It is about the Makefile and its own virtual environment, not about the one that a session makes.
 NOT_HERE = "--deselect=tests/test_readme.py::test_both_commands_are_there_and_run"
 

@@ -142,8 +142,10 @@ class Keeper:
         # What the thread is just doing would end with the process.
         if self._working.acquire(timeout=max(0.0, end - monotonic())):
             try:
-                self._call_due(_FOREVER)
                 self._retry(monotonic())
+                self._call_due(_FOREVER)
+                while self._calls and self._calls[0][0] <= monotonic() < end:  # what those have left to do at once
+                    self._call_due(monotonic())
             finally:
                 self._working.release()
 

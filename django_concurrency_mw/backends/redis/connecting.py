@@ -94,9 +94,13 @@ def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
     bare, _, query = location.partition("?")
     try:
         by_itself, whole = parse_url(bare), parse_url(location)  # type: ignore[no-untyped-call]  # redis-py's
-    except ValueError as error:
-        # Its message may repeat the URL.
-        raise ImproperlyConfigured(f"{place}: {_without_password(location)} cannot be used: not a valid URL") from error
+        if "@" in query:
+            raise ValueError
+    except ValueError:  # its message may repeat the password
+        raise ImproperlyConfigured(
+            f"{place}: {_without_password(location)} cannot be used: not a valid URL, or a value in its query is not (in a "
+            "password `/ ? # @ :` have to be percent-encoded)"
+        ) from None
     names = {name for name, _ in parse_qsl(query, keep_blank_values=True)}
     return bare, {
         name: whole.get(name, "") for name in names if name not in by_itself or whole.get(name) != by_itself[name]
@@ -104,7 +108,9 @@ def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
 
 
 def _without_password(location: object) -> str:
-    return re.sub(r"//[^@/]*@", "//...@", repr(location))
+    if not isinstance(location, str):
+        return f"a {type(location).__name__}"
+    return repr(re.sub(r"[?#].*", "", re.sub(r"//.*@", "//...@", location)))
 
 
 def _timeout(value: Any, place: str) -> float:
@@ -204,7 +210,7 @@ def passes(reply: object) -> bool:
 
 def is_final(error: BaseException | None) -> bool:
     """Would another try within milliseconds find the same? Nobody listens, a certificate or a password is wrong, ..."""
-    if isinstance(error, (AuthenticationError, BusyLoadingError)):
+    if isinstance(error, (AuthenticationError, BusyLoadingError, ResponseError)):
         return True
     while error is not None and (error.__cause__ is not None or error.__context__ is not None):
         error = error.__cause__ or error.__context__

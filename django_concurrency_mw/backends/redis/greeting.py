@@ -6,6 +6,7 @@ have left over: in this order, so that nothing a lost connection still has under
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,17 +29,19 @@ class Greeting:
         self.replies = len(commands)
 
     def heard(self, replies: Sequence[Any]) -> tuple[Client | None, list[Release]]:
-        """Who the connection is (None where it may not ask), and the releases that the server could not carry out now."""
+        """Who the connection is (None where it may not ask), and the releases that the server could not carry out now.
+
+        Raises: ResponseError where it could not do the rest either; then the connection is of no use yet.
+        """
+        if passes(replies[0]):
+            raise replies[0]
         releases = self._work.releases
         answers = replies[len(replies) - len(releases) :]
         return _client(replies[0]), [one for one, reply in zip(releases, answers, strict=True) if passes(reply)]
 
 
 def _client(reply: Any) -> Client | None:
-    """From CLIENT INFO: `id=4 addr=127.0.0.1:50322 laddr=...`."""
+    """From CLIENT INFO: `id=4 addr=127.0.0.1:50322 laddr=...`; an address may be a path with blanks in it."""
     text = reply.encode() if isinstance(reply, str) else reply
-    if not isinstance(text, bytes):
-        return None
-    fields = dict(field.partition(b"=")[::2] for field in text.split())
-    number, address = fields.get(b"id", b""), fields.get(b"addr", b"")
-    return Client(int(number), address) if number.isdigit() and address else None
+    found = re.match(rb"id=(\d+) addr=(.*?) laddr=", text) if isinstance(text, bytes) else None
+    return Client(int(found[1]), found[2]) if found else None

@@ -65,8 +65,9 @@ class Leftovers:
             self._wake()
 
     def remind(self) -> None:
-        """Something was put back that nobody has tried for a while."""
-        self._wake()
+        """Something may have been put back that nobody else knows of."""
+        if self._releases:
+            self._wake()
 
     def fence(self, client: Client | None) -> None:
         """This connection was given up: nothing that it still has under way may be carried out."""

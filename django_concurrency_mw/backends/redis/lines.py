@@ -59,20 +59,17 @@ class Line:
         except ResponseError as error:
             return error
 
-    def hear(self, entries: int) -> list[Release]:
-        """Read the replies of so many owed entries. Returns the releases that the server could not carry out now."""
-        refused: list[Release] = []
+    def hear(self, entries: int, leftovers: Leftovers) -> None:
+        """Read the replies of so many owed entries. What the server could not carry out now is left over."""
         for _ in range(entries):
             releases, replies = self.owed[0]
-            while replies > 1:
-                if passes(self.read()):
-                    refused += releases
+            while replies:
+                reply = self.read()
                 replies -= 1
                 self.owed[0] = (releases, replies)
-            if passes(self.read()):
-                refused += releases
+                if passes(reply):  # the last replies are those of the last releases
+                    leftovers.add(releases[len(releases) - 1 - replies :][:1])
             self.owed.popleft()
-        return refused
 
 
 class _Refused(RedisError):
@@ -139,7 +136,7 @@ class Lines:
         try:
             line.conn.until(monotonic() + self._recipe.timeout)
             if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
-                self._leftovers.add(line.hear(len(line.owed) // 2))
+                line.hear(len(line.owed) // 2, self._leftovers)
             line.owed.append((releases, len(releases)))
             line.send(_together(releases))
         except BaseException as error:
@@ -178,6 +175,11 @@ class Lines:
         for line in list(self._free):
             line.used = 0.0
         self.tend()
+        while self._free:  # it did not answer, and the others had to wait for it
+            try:
+                self._lost(self._free.popleft())
+            except IndexError:
+                break
 
     def tend(self) -> None:
         """Hear what idle connections owe, and close those that are not needed any more."""
@@ -195,9 +197,13 @@ class Lines:
                     break
                 try:
                     line.conn.until(deadline)
-                    self._leftovers.add(line.hear(len(line.owed)))
+                    line.hear(len(line.owed), self._leftovers)
                 except TimeoutError:
-                    tended.append(line)  # in order still, only slow
+                    line.late += 1
+                    if line.late > 1:
+                        self._lost(line)
+                    else:
+                        tended.append(line)  # in order still, only slow
                     break
                 except BaseException as error:
                     self._lost(line)
@@ -230,7 +236,7 @@ class Lines:
             line.owed.append((undo, 1))  # until the reply is read, this is what a lost connection leaves to do
             line.send(packed)
             sent = True
-            self._leftovers.add(line.hear(owed))
+            line.hear(owed, self._leftovers)
             reply = line.read()
         except TimeoutError:
             if sent:
@@ -298,6 +304,7 @@ class Lines:
             line.client, refused = greeting.heard([line.read() for _ in range(greeting.replies)])
         except BaseException:
             self._leftovers.put_back(work)
+            self._leftovers.remind()
             if conn is not None:
                 conn.disconnect()
             raise

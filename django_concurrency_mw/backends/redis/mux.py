@@ -95,6 +95,9 @@ class Mux:
 
     def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; their replies are waited for by nobody."""
+        if self.loop.is_closed():  # a coroutine that nobody ended is collected
+            self._leftovers.add(releases)
+            return
         now = self.loop.time()
         for release in releases:
             if len(self._unanswered) >= MOST:
@@ -194,7 +197,7 @@ class Mux:
                 if not self._prune():
                     break
         finally:
-            if conn is not None:  # we are cancelled: the loop ends
+            if conn is not None and not self.loop.is_closed():  # we are cancelled: the loop ends
                 if self._reading is not None:
                     self._reading.cancel()
                     await asyncio.wait([self._reading])
@@ -236,7 +239,7 @@ class Mux:
     def abandon(self) -> None:
         """The loop has ended, or does now: nobody waits for ever, and no release is forgotten."""
         left, self._unanswered = self._unanswered, deque()
-        if left:
+        if left or self._conn is not None:
             self._leftovers.fence(self._client)
         self._leftovers.add([command.release for command in left if command.release is not None])
         for command in left:
@@ -252,6 +255,7 @@ class Mux:
             refused = await asyncio.wait_for(self._greet(conn, work), self._timeout)
         except BaseException:
             self._leftovers.put_back(work)
+            self._leftovers.remind()
             if conn is not None:
                 await _hang_up(conn)
             raise

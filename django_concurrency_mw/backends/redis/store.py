@@ -60,6 +60,8 @@ class RedisBackend(BaseBackend):
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._tended = self._delivering = False
+        #: The last error that nobody expects which was logged.
+        self._said = ""
         _stores.add(self)
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
@@ -205,8 +207,10 @@ class RedisBackend(BaseBackend):
         except (RedisError, OSError):
             keeper.at(DELIVER_AGAIN, self._deliver)
             return
-        except Exception:
-            logger.exception("releases could not be delivered to Redis, it will be tried again")
+        except Exception as error:
+            if repr(error) != self._said:
+                self._said = repr(error)
+                logger.exception("releases could not be delivered to Redis, it will be tried again")
             keeper.at(DELIVER_AGAIN, self._deliver)
             return
         self._delivering = False
