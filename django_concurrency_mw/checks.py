@@ -4,7 +4,7 @@ E001 settings or policy file; E002 a store that cannot be used; E003 a dotted pa
 that names what it must not, or what is not there; E005 a store that answers, but will not do what is asked until somebody
 changes something; W001 no middleware; W002 middleware twice; W003 a limit by address that may see only a proxy's; W004 a limit
 by user on a view of Django REST framework whose user it cannot see; W005 such a view whose throttles cannot be seen; W006 a
-store that cannot be reached now.
+store that cannot be reached now; W007 a store that keeps a connection from being fenced off.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ async def arun(steps: Steps[T]) -> T:
 
 
 def _take(effect: Take) -> TakeReply | StoreFailed:
-    if effect.store.failure is not None:
-        return StoreFailed(effect.store.failure)
+    failure = effect.store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
     try:
         return effect.store.take(effect.slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
     except Exception as error:
@@ -87,8 +88,9 @@ def _notify(effect: Notify) -> None:
 
 async def _atake(effect: Take) -> TakeReply | StoreFailed:
     store, slots = effect.store, effect.slots
-    if store.failure is not None:
-        return StoreFailed(store.failure)
+    failure = store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
     try:
         if store.cancel_safe:
             return await store.atake(slots)  # type: ignore[no-any-return]  # a Store is typed where it is made

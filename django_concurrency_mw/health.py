@@ -1,7 +1,8 @@
-"""Health: a circuit breaker per store. What fails is left alone until a probe of the keeper's finds that it works again.
+"""Health: a circuit breaker per store. What fails is left alone until a probe finds that it works again.
 
 The first failure opens it and the first probe follows at once, so that a single slow answer costs nobody else anything; while
-it is open no request waits for the store, ON_BACKEND_ERROR decides. Each change is logged, and told by `backend_failed`, once.
+it is open no request waits for the store, ON_BACKEND_ERROR decides. Each change is logged, and told by `backend_failed`, once,
+by the thread that probes: one for each store that fails, which ends when it works.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
+from time import monotonic, sleep
 from typing import Any
 
 from . import signals
 from .backends.base import BaseBackend
 from .exceptions import BackendError, PermanentBackendError
-from .keeper import keeper
 from .policies import Policy
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -29,100 +29,119 @@ _before_recovery: list[Callable[[BaseBackend], None]] = []
 
 
 def before_recovery(call: Callable[[BaseBackend], None]) -> None:
-    """Call it, in the keeper's thread, when a store works again, before the first request uses it."""
+    """Call it when a store works again, before the first request uses it."""
     _before_recovery.append(call)
 
 
-def failed(store: BaseBackend, error: Exception) -> bool:
-    """The store failed a call. Is that news? Then `news` is to be told."""
+def failed(store: BaseBackend, raised: BaseException, began: float) -> None:
+    """The store failed a call that began at this monotonic second. Only notes it: a thread of its own does the rest."""
+    error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
     if isinstance(error, BackendError) and not error.whole:
         _say_of_one_call(store, error)
-        return False
+        return
     with _changing:
-        if store.failure is not None:
-            return False
-        store.failure = error
+        if store.failure is not None or began < _recovered.get(store, 0.0):  # known, or an old story
+            return
         _down.add(store)
-    cure = getattr(error, "cure", "")
-    logger.error(
-        "backend %s fails, ON_BACKEND_ERROR decides until it works again: %r%s",
-        store.config.alias,
-        error,
-        f". This does not go away by itself: {cure}" if cure else "",
-    )
-    keeper.at(0, partial(_probe, weakref.ref(store)))
-    return True
-
-
-def news(store: BaseBackend, error: Exception | None) -> dict[str, Any]:
-    """What `backend_failed` says of it; None: it works again."""
-    return {"sender": Policy, "alias": store.config.alias, "error": error, "recovered": error is None}
-
-
-def failed_here(store: BaseBackend, raised: BaseException) -> None:
-    """`failed`, and told at once: where no request is at work."""
-    error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
-    if failed(store, error):
-        signals.backend_failed.send_robust(**news(store, error))
-
-
-def _probe(known: weakref.ref[BaseBackend]) -> None:
-    """In the keeper's thread."""
-    store = known()
-    if store is None:
-        return
-    try:
-        store.probe()
-    except Exception as error:
-        _instead(store, error)
-        keeper.at(PROBE_EVERY, partial(_probe, known))
-        return
-    try:
-        store.recovered()
-    except Exception:
-        logger.exception("backend %s: it works again, but not all of it", store.config.alias)
-    for call in _before_recovery:
+        store.failure = error
+        thread = threading.Thread(target=_mend, args=(weakref.ref(store), error), name="concurrency-probe", daemon=True)
         try:
-            call(store)
-        except Exception:
-            logger.exception("backend %s: what it has lost could not be counted again", store.config.alias)
+            thread.start()
+        except RuntimeError:  # the process ends
+            store.failure = None
+
+
+def _mend(known: weakref.ref[BaseBackend], error: Exception) -> None:
+    """The thread of a store that fails, until it works."""
+    _tell(known(), error)
+    before: Exception = error
+    while (store := known()) is not None:
+        try:
+            store.probe()
+            break
+        except BaseException as still:  # whatever a store raises: without this thread it would be left alone for ever
+            before = _instead(store, before, still)
+        del store
+        sleep(PROBE_EVERY)
+    else:
+        return
+    _carefully(store, store.recovered)
+    for call in _before_recovery:
+        _carefully(store, lambda call=call: call(store))  # type: ignore[misc]  # mypy cannot infer it
     with _changing:
+        _recovered[store] = monotonic()
         store.failure = None
         _down.discard(store)
-    logger.warning("backend %s works again", store.config.alias)
-    signals.backend_failed.send_robust(**news(store, None))
+    _tell(store, None)
 
 
-def _instead(store: BaseBackend, error: Exception) -> None:
+def _tell(store: BaseBackend | None, error: Exception | None) -> None:
+    """Log it and send it. None: it works again."""
+    if store is None:
+        return
+    alias = store.config.alias
+
+    def tell() -> None:
+        if error is None:
+            logger.warning("backend %s works again", alias)
+        else:
+            logger.error(
+                "backend %s fails, ON_BACKEND_ERROR decides until it works again: %r%s", alias, error, _cure(error)
+            )
+
+    _carefully(store, tell)
+    about = {"sender": Policy, "alias": alias, "error": error, "recovered": error is None}
+    _carefully(store, lambda: signals.backend_failed.send_robust(**about))
+
+
+def _carefully(store: BaseBackend, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except BaseException:
+        try:
+            logger.exception("backend %s: the way back to it goes on after an error", store.config.alias)
+        except BaseException:  # a log handler that raises
+            return
+
+
+def _instead(store: BaseBackend, before: Exception, raised: BaseException) -> Exception:
     """What is wrong now may be something else than at first, and not go away: a password, a permission."""
+    error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
     with _changing:
-        before, store.failure = store.failure, error
+        store.failure = error
     if isinstance(error, PermanentBackendError) and type(before) is not type(error):
-        logger.error(
-            "backend %s fails still: %r. This does not go away by itself: %s", store.config.alias, error, error.cure
-        )
+        _carefully(store, lambda: logger.error("backend %s fails still: %r%s", store.config.alias, error, _cure(error)))
+    return error
+
+
+def _cure(error: Exception) -> str:
+    return f". This does not go away by itself: {error.cure}" if isinstance(error, PermanentBackendError) else ""
 
 
 def _say_of_one_call(store: BaseBackend, error: BackendError) -> None:
-    if isinstance(error, PermanentBackendError):
-        with _changing:
-            said = _said.setdefault(store, set())
-            if type(error) in said:
-                return
-            said.add(type(error))
-        logger.error("backend %s: %r. This does not go away by itself: %s", store.config.alias, error, error.cure)
+    if not isinstance(error, PermanentBackendError):
+        return
+    with _changing:
+        said = _said.setdefault(store, set())
+        if type(error) in said:
+            return
+        said.add(type(error))
+    _carefully(store, lambda: logger.error("backend %s: %r%s", store.config.alias, error, _cure(error)))
 
 
 #: The stores whose breaker is open.
 _down: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
+#: When it was closed last.
+_recovered: weakref.WeakKeyDictionary[BaseBackend, float] = weakref.WeakKeyDictionary()
 _said: weakref.WeakKeyDictionary[BaseBackend, set[type]] = weakref.WeakKeyDictionary()
-_changing = threading.Lock()
+#: An RLock: a garbage collection inside may end a stream, whose own code may meet a store that fails.
+_changing: Any = threading.RLock()
 
 
 def _forked() -> None:
-    """The probes are the parent's; and a thread that is not in the child may have held the lock."""
+    """The threads that probe are the parent's; and one that is not in the child may have held the lock."""
     global _changing
-    _changing = threading.Lock()
+    _changing = threading.RLock()
     for store in list(_down):
         store.failure = None
     _down.clear()

@@ -25,7 +25,9 @@ class Held:
         "ends",
         "local",
         "lost",
+        "maybe",
         "policy",
+        "registered",
         "since",
         "slot",
         "store",
@@ -39,6 +41,10 @@ class Held:
         self.confirmed = False
         #: Counted by this process alone, as its store failed.
         self.local = False
+        #: The store may count it all the same: it did not say.
+        self.maybe = False
+        #: When the store was heard to count it; until then it does not.
+        self.registered = NEVER
         #: The store says that it is gone: lapsed, or taken away.
         self.lost = False
         #: `slot_acquired` was sent, so `slot_released` will be.

@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -127,6 +128,17 @@ class Keeper:
             heappush(self._calls, (due, next(self._numbers), call))
         self._wake_at(due)
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What the keeper does, done by another thread: not at the same time."""
+        with self._working:
+            yield
+
+    @property
+    def exiting(self) -> bool:
+        """The process ends: what is not tried now is not tried any more."""
+        return self._exiting
+
     def flush(self) -> None:
         """Give back all that this process still holds, at its exit; for FLUSH_FOR seconds at most."""
         end = monotonic() + FLUSH_FOR
@@ -143,9 +155,9 @@ class Keeper:
         if self._working.acquire(timeout=max(0.0, end - monotonic())):
             try:
                 self._retry(monotonic())
-                self._call_due(_FOREVER)
+                self._call_due(_FOREVER, end)
                 while self._calls and self._calls[0][0] <= monotonic() < end:  # what those have left to do at once
-                    self._call_due(monotonic())
+                    self._call_due(monotonic(), end)
             finally:
                 self._working.release()
 
@@ -184,23 +196,25 @@ class Keeper:
 
     def _look(self, now: float) -> None:
         self._wakes_at = _FOREVER
-        # Renewals first: a store that is away must not let the leases of the others lapse.
+        due = now + RETRY_EVERY
         try:
+            # Renewals first: a store that is away must not let the leases of the others lapse.
             due = self._renew(self.live(), now)
-        except BaseException:
-            due = now + RETRY_EVERY
-            logger.exception("leases could not be renewed, it will be tried again")
-        self._call_due(now)
-        self._retry(now)
-        if self._owed:
-            due = min(due, monotonic() + RETRY_EVERY)
-        with self._starting:
-            if self._calls:
-                due = min(due, self._calls[0][0])
-            self._wakes_at = min(self._wakes_at, due)
+            self._call_due(now)
+            self._retry(now)
+        finally:
+            if self._owed:
+                due = min(due, monotonic() + RETRY_EVERY)
+            with self._starting:
+                if self._calls:
+                    due = min(due, self._calls[0][0])
+                self._wakes_at = min(self._wakes_at, due)
 
-    def _call_due(self, now: float) -> None:
+    def _call_due(self, now: float, end: float = _FOREVER) -> None:
+        """Make the calls that are due; none begins after `end`."""
         for call in self._due_calls(now):
+            if monotonic() > end:
+                return
             try:
                 call()
             except BaseException:
@@ -225,7 +239,7 @@ class Keeper:
                 some, debts = debts[:RETRY_AT_ONCE], debts[RETRY_AT_ONCE:]
                 try:
                     some[0].store.give(tuple(slot for debt in some for slot in debt.slots))
-                except Exception:
+                except BaseException:
                     self._owed.extend(some + debts)
                     break
 

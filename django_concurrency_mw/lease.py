@@ -32,8 +32,9 @@ logger = logging.getLogger("django_concurrency_mw")
 
 #: Seconds after which a stand-in is registered with its store, if that works again by then.
 REGISTER_AFTER = 0.1
-#: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process.
-_counting = threading.Lock()
+#: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process. An RLock: a garbage collection inside
+#: may end a stream, whose own code may come back here.
+_counting = threading.RLock()
 #: id -> what this process holds in a store's stead; those that are over are dropped at the next look.
 _stand_ins: dict[int, tuple[Lease, Held]] = {}
 
@@ -44,7 +45,7 @@ _standing_in: list[bool] = []
 
 def _forked() -> None:
     global _counting
-    _counting = threading.Lock()  # a thread that is not in the child may have held it
+    _counting = threading.RLock()  # a thread that is not in the child may have held it
     _stand_ins.clear()
     _standing_in.clear()
 
@@ -55,7 +56,7 @@ def _marked() -> Iterator[None]:
     try:
         yield
     finally:
-        _standing_in.clear()
+        _standing_in.pop()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -132,15 +133,19 @@ class Lease:
         if not _stand_ins and not _standing_in:
             return ()
         with _counting:
-            for number, (lease, held) in list(_stand_ins.items()):
-                if not held.local or not lease.holds(held):
-                    del _stand_ins[number]
-            standing = [held.slot.semaphore for _, held in _stand_ins.values() if held.store is store]
+            _prune()
+            asked = {held.slot.semaphore: held.since for held in self._of(slots)}
+            standing = [
+                held.slot.semaphore
+                for _, held in _stand_ins.values()
+                if held.store is store and (held.local or held.registered >= asked.get(held.slot.semaphore, 0.0))
+            ]
             return tuple(standing.count(slot.semaphore) for slot in slots) if standing else ()
 
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: count what this process itself holds there, in the store and in its stead."""
         with _counting, _marked():
+            _prune()
             counts = {slot.semaphore: 0 for slot in slots}
             for held in _all_held():
                 if held.confirmed and held.store is store and held.slot.semaphore in counts:
@@ -181,7 +186,9 @@ class Lease:
             return
         while groups:
             store, group = groups[0]
-            asked = [held for held in group if not held.local]  # once: the keeper may register one at any moment
+            asked = [
+                held for held in group if not held.local or held.maybe
+            ]  # once: the keeper may register one at any moment
             try:
                 reply: Sequence[bool] | StoreFailed = ()
                 if asked:
@@ -248,6 +255,13 @@ def _instead(store: Any, policy: Policy, slot: Slot) -> Held:
     return held
 
 
+def _prune() -> None:
+    """Forget who has ended, and who has been registered for longer than any take is under way."""
+    for number, (lease, held) in list(_stand_ins.items()):
+        if not lease.holds(held) or held.registered < monotonic() - 60:
+            _stand_ins.pop(number, None)
+
+
 def _nobody() -> None:
     return None
 
@@ -260,5 +274,5 @@ def _all_held() -> Iterator[Held]:
 
 def _give_later(group: Sequence[Held]) -> None:
     """Leave these to the keeper."""
-    for store, some in by_store([held for held in group if not held.local]):
+    for store, some in by_store([held for held in group if not held.local or held.maybe]):
         keeper.give_later(store, [held.slot for held in some], max(held.ends for held in some))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from django.http.response import HttpResponseBase
@@ -16,7 +17,7 @@ from .backends import BaseBackend, get_backend
 from .conf import Config
 from .keys import Resolver
 from .lease import Lease
-from .outcomes import NOT_LIMITED, Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, TakeReply, Verdict
+from .outcomes import NOT_LIMITED, Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, Verdict
 from .policies import Policy
 from .steps import Notify, Steps, Take, acquire
 from .tokens import new_token
@@ -151,29 +152,21 @@ def store_of(policy: Policy, config: Config) -> BaseBackend:
 
 
 def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
-    """The same steps; what their takes say of a store's health is told, once per change."""
+    """The same steps; what their takes say of a store's health is noted."""
     try:
         effect = next(steps)
         while True:
+            began = monotonic()
             try:
                 reply = yield effect
             except BaseException as error:
                 effect = steps.throw(error)
             else:
-                if type(effect) is Take:
-                    yield from _note(effect.store, reply)
+                if type(reply) is StoreFailed and reply.sent and type(effect) is Take:
+                    health.failed(effect.store, reply.error, began)
                 effect = steps.send(reply)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
-
-
-def _note(store: BaseBackend, reply: TakeReply | StoreFailed) -> Steps[None]:
-    if (
-        isinstance(reply, StoreFailed)
-        and health.failed(store, reply.error)
-        and signals.backend_failed.has_listeners(Policy)
-    ):
-        yield from Notify(signals.backend_failed, health.news(store, reply.error))
 
 
 Known = dict[str, PolicyResult]

@@ -72,6 +72,8 @@ class StoreFailed:
     """The store could not say. Whether it took anything is unknown, so what was asked for is given back all the same."""
 
     error: Exception
+    #: False: nothing was asked at all, as the store is known to fail.
+    sent: bool = True
 
 
 TakeReply = Taken | Full

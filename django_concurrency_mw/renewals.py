@@ -37,7 +37,7 @@ def renew(leases: Iterable[Holder], now: float, *, back: Any = None) -> float:
     """
     known = [(lease, held) for lease in leases for held in lease.holdings()]
     due = min((held.due for _, held in known if held.confirmed), default=NEVER)
-    unsure = min((max(held.due, now + RENEW_AGAIN) for _, held in known if not held.confirmed), default=NEVER)
+    unsure = min((max(held.due, now + _soon(held)) for _, held in known if not held.confirmed), default=NEVER)
     if due > now:
         return min(due, unsure)
     # What is due soon is renewed along with what is due now, in the same call.
@@ -54,19 +54,28 @@ def renew(leases: Iterable[Holder], now: float, *, back: Any = None) -> float:
         except Exception:
             logger.exception("leases could not be renewed, it will be tried again")
     for _, held in pairs:
-        due = min(due, held.due if held.due > now else now + RENEW_AGAIN)
+        due = min(due, held.due if held.due > now else now + _soon(held))
     return min(due, unsure)
 
 
 def recount(store: Any) -> None:
-    """The store is back: see at once what it still knows. In the keeper's thread."""
-    leases: list[Any] = keeper.live()
-    now = monotonic()
-    for lease in leases:
-        for held in lease.holdings():
-            if held.store is store and held.confirmed and (held.local or held.due < NEVER):
-                held.due = now
-    keeper.look_at(renew(leases, now, back=store))
+    """The store is back: see at once what it still knows."""
+    with keeper.at_work():
+        leases: list[Any] = keeper.live()
+        now = monotonic()
+        ending: list[Pair] = []
+        for lease in leases:
+            for held in lease.holdings():
+                if held.store is not store or not held.confirmed or held.lost:
+                    continue
+                if held.local or held.ends < held.last:
+                    held.due = now
+                elif held.ends > now:  # not to be renewed any more, but still to be counted
+                    ending.append((lease, held))
+        if ending:
+            _restore(store, ending)
+        due = renew(leases, now, back=store)
+    keeper.look_at(due)
 
 
 def _renew(store: Any, pairs: Sequence[Pair], now: float) -> None:
@@ -90,7 +99,7 @@ def _renew(store: Any, pairs: Sequence[Pair], now: float) -> None:
         except BaseException as error:  # whatever a store raises: the thread is the keeper's
             logger.warning("a renewal failed, it will be tried again: %r", error)
             _again([held for _, held in pairs], now)
-            health.failed_here(store, error)
+            health.failed(store, error, now)
             return
         for (lease, held), (_, seconds), still in zip(asked, wanted, reply, strict=True):
             if still:
@@ -123,8 +132,10 @@ def _restore(store: Any, pairs: Sequence[Pair]) -> None:
             raise ValueError(f"{len(reply)} answers to {len(wanted)} holders")
     except BaseException as error:
         logger.warning("holders could not be counted again yet, it will be tried again: %r", error)
+        for _, held in asked:
+            held.maybe = True
         _again([held for _, held in asked], now)
-        health.failed_here(store, error)
+        health.failed(store, error, now)
         # It may still be carried out; after this it cannot.
         keeper.at(RESTORE_WITHIN, partial(_give_what_ended, store, asked))
         return
@@ -132,7 +143,9 @@ def _restore(store: Any, pairs: Sequence[Pair]) -> None:
     for ((_, held), restore), back in zip(wanted, reply, strict=True):
         if back:
             lost += not held.local
-            held.local = False
+            if held.local:
+                held.registered = monotonic()
+            held.local = held.maybe = False
             held.extended(now, restore.seconds)
         elif held.local:
             held.due = NEVER  # the store cannot count it
@@ -162,7 +175,11 @@ def _gone(held: Held) -> None:
 
 def _again(group: Iterable[Held], now: float) -> None:
     for held in group:
-        held.due = now + min(RENEW_AGAIN, held.policy.ttl / 6)
+        held.due = now + _soon(held)
+
+
+def _soon(held: Held) -> float:
+    return min(RENEW_AGAIN, held.policy.ttl / 6)
 
 
 def _seconds(held: Held, now: float) -> float:

@@ -159,7 +159,10 @@ def acquire(
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
         if isinstance(reply, StoreFailed):
-            lease.doubt(slots)
+            if reply.sent:
+                lease.doubt(slots)
+            else:
+                lease.confirm(slots, ())
             reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
             reason = _settle(store, reply, group, slots, lease, account)

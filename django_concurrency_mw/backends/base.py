@@ -94,15 +94,19 @@ class BaseBackend(ABC):
         return [False] * len(holders)
 
     def probe(self) -> None:
-        """Can it take and give? In the keeper's thread, and not before it has failed. Raises: whatever is wrong."""
-        slot = Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token(), block=True)
-        reply = self.take((slot,))
-        self.give((slot,))
+        """Can it do all that requests need? In a thread of its own, after it has failed. Raises: whatever is wrong."""
+        slot = Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token())
+        try:
+            reply = self.take((slot,))
+            self.renew([(slot, 1.0)])
+            self.restore([Restore(slot, 1.0, float("inf"))])
+        finally:
+            self.give((slot,))
         if isinstance(reply, Full):
             raise BackendError("it is full of probes")
 
     def recovered(self) -> None:  # noqa: B027  # nothing to do, for most stores
-        """A probe has succeeded after it had failed. In the keeper's thread."""
+        """A probe has succeeded after it had failed. In the thread that probes."""
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         """`take` on an event loop. The default calls `take` in a thread of asgiref's."""

@@ -205,7 +205,9 @@ def passes(reply: object) -> bool:
     """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
     if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
         return False
-    return not str(reply).startswith(("WRONGTYPE", "unknown command", "ERR unknown command", "NOPERM", "CROSSSLOT"))
+    return not str(reply).startswith(
+        ("WRONGTYPE", "unknown command", "ERR unknown command", "NOPERM", "CROSSSLOT")
+    ) and ("unknown redis command" not in str(reply).lower())
 
 
 def is_final(error: BaseException | None) -> bool:

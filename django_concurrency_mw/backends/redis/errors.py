@@ -29,7 +29,7 @@ def _cure(error: Exception, text: str, prefix: str) -> str:
         return "the ACL user of LOCATION may not do what the store needs: " + PERMISSIONS % prefix
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
         return "put the right user and password into LOCATION, or into OPTIONS as `username` and `password`"
-    if "unknown command" in text.lower():
+    if "unknown command" in text.lower() or "unknown redis command" in text.lower():
         return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + PERMISSIONS % prefix
     if _is(text, "WRONGTYPE"):
         return f"another program keeps a key of its own under {prefix}: choose another KEY_PREFIX, and remove that key"

@@ -31,6 +31,8 @@ from .leftovers import Client, Leftovers, Release, Work
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
 #: Connections that one call may use up, within its deadline, before the store counts as failing.
 TRIES = 100
+#: Connections that may turn out to be to a demoted master, before the store counts as failing.
+DEMOTED_TRIES = 3
 #: Replies that a connection may owe before the older half is heard.
 MOST_OWED = 64
 
@@ -115,7 +117,8 @@ class Lines:
             except ConnectionError as error:
                 if line is not None:
                     lost, sent = line.client, True
-                if not again or is_final(error):
+                demoted = isinstance(error.__cause__, ReadOnlyError) and tries_left < TRIES - DEMOTED_TRIES
+                if not again or demoted or is_final(error):
                     if sent:  # and may have been carried out
                         self._leftovers.add(undo)
                     raise
@@ -266,9 +269,10 @@ class Lines:
             self._lost(line)
             return
         try:
-            line.conn.until(monotonic() + self._recipe.timeout)
-            line.owed.append((undo, len(undo)))
-            line.send(_together(undo))
+            if undo:
+                line.conn.until(monotonic() + self._recipe.timeout)
+                line.owed.append((undo, len(undo)))
+                line.send(_together(undo))
         except BaseException as error:
             self._lost(line)
             if not isinstance(error, (RedisError, OSError)):

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from ...exceptions import PermanentBackendError
+from ...exceptions import BackendError, PermanentBackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore
@@ -37,6 +37,8 @@ logger = logging.getLogger("django_concurrency_mw")
 TEND_EVERY = 5.0
 #: Seconds between two tries to carry out what is left over.
 DELIVER_AGAIN = 0.25
+#: Seconds that stand for "no end": about 100 years.
+FAR = 3e9
 #: Slots that one renewal command is for, at most.
 RENEW_AT_ONCE = 500
 
@@ -60,7 +62,7 @@ class RedisBackend(BaseBackend):
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._tended = self._delivering = False
-        #: The last error that nobody expects which was logged.
+        #: What was logged last of what may come again and again.
         self._said = ""
         _stores.add(self)
 
@@ -78,7 +80,7 @@ class RedisBackend(BaseBackend):
         for first in range(0, len(slots), RENEW_AT_ONCE):
             some = slots[first : first + RENEW_AT_ONCE]
             reply = self._call(self._keys.renew(some), (), partial(self._keys.renew, some, whole=True))
-            held += [bool(each) for each in reply]
+            held += self._held(reply)
         return held
 
     def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
@@ -91,11 +93,27 @@ class RedisBackend(BaseBackend):
         seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
         # The server's clock was read before ours is: what is left of a lease by this reckoning is never too long.
         then, now = int(seconds) * 1000 + int(micros) // 1000, monotonic()
-        within = min(RESTORE_WITHIN, self._recipe.timeout)
         packed = self._keys.restore(
-            [(slot, lease, then + int(1000 * min(within, until - now))) for slot, lease, until in holders]
+            [(slot, lease, then + int(1000 * min(FAR, until - now))) for slot, lease, until in holders],
+            then + int(1000 * min(RESTORE_WITHIN, self._recipe.timeout)),
         )
-        return [bool(each) for each in self._call(packed, (), lambda: packed)]
+        reply = self._call(packed, (), lambda: packed)
+        if 2 in reply:
+            raise BackendError("the holders could not be counted again in time", whole=False)
+        return self._held(reply)
+
+    def _held(self, reply: Sequence[int]) -> list[bool]:
+        """A key of another type is said once; whom it is in the way of is tried again with the next renewal."""
+        if -1 in reply:
+            error = classed(ResponseError("WRONGTYPE"), self._keys)
+            self._say(f"{error}: {getattr(error, 'cure', '')}", logging.ERROR)
+        return [bool(each) for each in reply]
+
+    def _say(self, text: str, level: int = logging.WARNING, *, trace: bool = False) -> None:
+        """Not twice in a row."""
+        if text != self._said:
+            self._said = text
+            logger.log(level, "backend %s: %s", self.config.alias, text, exc_info=trace)
 
     def probe(self) -> None:
         try:
@@ -166,7 +184,12 @@ class RedisBackend(BaseBackend):
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
             return [Warning(f"{place} cannot be asked: {error}", hint=hint, id="django_concurrency_mw.W006")]
         finally:
+            unknown = any(line.client is None for line in list(self._lines._free))
             self._lines.close()
+        if unknown:
+            hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
+            message = f"{place}: the server does not tell a connection who it is"
+            return [Warning(message, hint=hint, id="django_concurrency_mw.W007")]
         return []
 
     def close(self) -> None:
@@ -199,8 +222,8 @@ class RedisBackend(BaseBackend):
 
     def _deliver(self) -> None:
         """In the keeper's thread."""
-        if self.failure is not None:  # nobody connects but the probe, until that succeeds: see `recovered`
-            self._delivering = False
+        if self.failure is not None and not keeper.exiting:  # nobody connects but the probe
+            keeper.at(DELIVER_AGAIN, self._deliver)
             return
         try:
             self._lines.deliver()
@@ -208,9 +231,7 @@ class RedisBackend(BaseBackend):
             keeper.at(DELIVER_AGAIN, self._deliver)
             return
         except Exception as error:
-            if repr(error) != self._said:
-                self._said = repr(error)
-                logger.exception("releases could not be delivered to Redis, it will be tried again")
+            self._say(f"releases could not be delivered, it will be tried again: {error!r}", trace=True)
             keeper.at(DELIVER_AGAIN, self._deliver)
             return
         self._delivering = False

@@ -110,8 +110,9 @@ class Keys:
         ]
         return RENEW.call(keys, arguments, 2, whole=whole)
 
-    def restore(self, holders: Sequence[tuple[Slot, float, int]]) -> bytes:
-        """The one command that counts all of them again: for so many seconds, and not after that ms of the server's clock."""
+    def restore(self, holders: Sequence[tuple[Slot, float, int]], within: int) -> bytes:
+        """The one command that counts all of them again: each for so many seconds, and not after that ms of the server's clock;
+        nobody after the ms `within`."""
         names = [self._names(slot) for slot, _, _ in holders]
         arguments = [
             b"%b%b%b%b" % (bulk(b"%d" % until), bulk(b"%d" % milliseconds(seconds)), holder, bulk(slot.token.encode()))
@@ -119,12 +120,12 @@ class Keys:
         ]
         # The tombstones are one more key, which has no arguments.
         return b"*%d\r\n%b%b%b%b%b" % (
-            3 + len(names) * 5 + 1,
+            3 + len(names) * 5 + 2,
             RESTORE.head,
             bulk(b"%d" % (len(names) + 1)),
             b"".join(key for key, _ in names),
             bulk(self.tombstones),
-            b"".join(arguments),
+            b"".join([*arguments, bulk(b"%d" % within)]),
         )
 
     def give(self, slots: Sequence[Slot]) -> list[Release]:
