@@ -27,7 +27,7 @@ test: $(VENV)/.dev-stamp
 
 # Ports, files and processes are its own, so it can run beside other things; it wants an idle machine all the same.
 chaos: $(VENV)/.dev-stamp
-	@CHAOS=long $(BIN)/python -m pytest tests/chaos
+	@CHAOS=long $(BIN)/python -m pytest tests/chaos tests/test_servers.py tests/test_servers_redis.py
 
 # One session of it: make test-all NOX="-s redis"
 test-all: $(VENV)/.dev-stamp

@@ -52,15 +52,16 @@ def failed(store: BaseBackend, raised: BaseException, began: float) -> None:
 
 
 def _mend(known: weakref.ref[BaseBackend], error: Exception) -> None:
-    """The thread of a store that fails, until it works."""
+    """The thread of a store that fails, until it works. It keeps neither the store alive nor an error, whose trace would."""
     _tell(known(), error)
-    before: Exception = error
+    said = {_cure(error)}
+    del error
     while (store := known()) is not None:
         try:
             store.probe()
             break
         except BaseException as still:  # whatever a store raises: without this thread it would be left alone for ever
-            before = _instead(store, before, still)
+            _instead(store, still, said)
         del store
         sleep(PROBE_EVERY)
     else:
@@ -104,14 +105,14 @@ def _carefully(store: BaseBackend, call: Callable[[], object]) -> None:
             return
 
 
-def _instead(store: BaseBackend, before: Exception, raised: BaseException) -> Exception:
+def _instead(store: BaseBackend, raised: BaseException, said: set[str]) -> None:
     """What is wrong now may be something else than at first, and not go away: a password, a permission."""
     error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
     with _changing:
         store.failure = error
-    if isinstance(error, PermanentBackendError) and type(before) is not type(error):
+    if _cure(error) not in said:
+        said.add(_cure(error))
         _carefully(store, lambda: logger.error("backend %s fails still: %r%s", store.config.alias, error, _cure(error)))
-    return error
 
 
 def _cure(error: Exception) -> str:
@@ -119,14 +120,20 @@ def _cure(error: Exception) -> str:
 
 
 def _say_of_one_call(store: BaseBackend, error: BackendError) -> None:
-    if not isinstance(error, PermanentBackendError):
-        return
     with _changing:
         said = _said.setdefault(store, set())
         if type(error) in said:
             return
         said.add(type(error))
-    _carefully(store, lambda: logger.error("backend %s: %r%s", store.config.alias, error, _cure(error)))
+    _carefully(
+        store,
+        lambda: logger.error(
+            "backend %s failed one call, ON_BACKEND_ERROR decided about it: %r%s (Said once per process and kind of error.)",
+            store.config.alias,
+            error,
+            _cure(error),
+        ),
+    )
 
 
 #: The stores whose breaker is open.

@@ -132,8 +132,9 @@ def _restore(store: Any, pairs: Sequence[Pair]) -> None:
             raise ValueError(f"{len(reply)} answers to {len(wanted)} holders")
     except BaseException as error:
         logger.warning("holders could not be counted again yet, it will be tried again: %r", error)
-        for _, held in asked:
-            held.maybe = True
+        for (_, held), restore in wanted:
+            if held.local:
+                held.maybe, held.ends = True, max(held.ends, now + restore.seconds)
         _again([held for _, held in asked], now)
         health.failed(store, error, now)
         # It may still be carried out; after this it cannot.

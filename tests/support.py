@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from time import monotonic, sleep
@@ -174,3 +175,13 @@ def stores_work() -> bool:
     from django_concurrency_mw import backends
 
     return all(store.failure is None for store in backends._instances.values())
+
+
+def works_again(store: Any, seconds: float = 5.0) -> bool:
+    """Is it left alone no more within that time? Then all that is said of it is said."""
+    if not wait_until(lambda: store.failure is None, seconds):
+        return False
+    for thread in threading.enumerate():
+        if thread.name == "concurrency-probe":
+            thread.join(0.3)
+    return True

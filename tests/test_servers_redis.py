@@ -1,7 +1,8 @@
 """Real servers with two workers each on one Redis: a cap of 5 under 64 clients, by the views' own gauge in another Redis.
 
 gunicorn (gthread, 2 x 32) and uvicorn (2 workers) run side by side on one prefix, so there is one cap over all four workers.
-Every kind of view: 3 seconds of 32 clients at each server at the same time, then 1 second of all 64 at one of them alone.
+Every kind of view: 32 clients at each server at the same time, then all 64 at one of them alone; for 3 seconds and for 1 in
+the long run, less in the short one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from . import gauge
+from .chaos import LONG
 from .redis_server import RedisServer
 from .server_settings import KINDS
 from .servers import crowd, free_port, gunicorn, running, uvicorn
@@ -26,9 +28,9 @@ ROUNDS = 4
 PREFIX = "servers"
 #: Who is asked -> seconds, and how many have to be admitted at least (250 a second are possible).
 CROWDS = {
-    "gunicorn gthread 2x32 and uvicorn x2": (("gunicorn", "uvicorn"), 3.0, 50),
-    "gunicorn gthread 2x32": (("gunicorn",), 1.0, 15),
-    "uvicorn x2": (("uvicorn",), 1.0, 15),
+    "gunicorn gthread 2x32 and uvicorn x2": (("gunicorn", "uvicorn"), 3.0 if LONG else 1.5, 50 if LONG else 25),
+    "gunicorn gthread 2x32": (("gunicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
+    "uvicorn x2": (("uvicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
 }
 
 

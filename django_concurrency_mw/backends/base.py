@@ -26,6 +26,11 @@ class Restore(NamedTuple):
     until: float
 
 
+def probe_slot() -> Slot:
+    """A slot that says whether a store works."""
+    return Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token())
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound."""
@@ -95,7 +100,7 @@ class BaseBackend(ABC):
 
     def probe(self) -> None:
         """Can it do all that requests need? In a thread of its own, after it has failed. Raises: whatever is wrong."""
-        slot = Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token())
+        slot = probe_slot()
         try:
             reply = self.take((slot,))
             self.renew([(slot, 1.0)])

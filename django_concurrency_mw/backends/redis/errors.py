@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 
 from ...exceptions import BackendError, PermanentBackendError
@@ -10,27 +12,30 @@ from .wire import Keys
 #: What an ACL user needs; `%s` is the prefix of its keys.
 PERMISSIONS = (
     "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zscore +zrem +zrangebyscore +zremrangebyscore +zscan "
-    "+scan +pexpire +pttl +time +client|info +client|kill"
+    "+scan +pexpire +pttl +time +select +client|info +client|kill"
 )
 
 
 def classed(error: Exception, keys: Keys) -> BackendError:
     """The error of this package for one of redis-py's, or of whatever an option of the project's raised."""
     text = str(error) or type(error).__name__
-    cure = _cure(error, text, keys.prefix.decode())
+    # Event loops know why they cannot connect by the cause alone.
+    cure = _cure(error, text, keys) or _cure(error.__cause__, str(error.__cause__), keys)
     if cure:
         # A key of another type is in the way of its own semaphore alone.
         return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))
     return BackendError(text)
 
 
-def _cure(error: Exception, text: str, prefix: str) -> str:
+def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
+    prefix = keys.prefix.decode()
+    permissions = PERMISSIONS % re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
     if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
-        return "the ACL user of LOCATION may not do what the store needs: " + PERMISSIONS % prefix
+        return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
         return "put the right user and password into LOCATION, or into OPTIONS as `username` and `password`"
     if "unknown command" in text.lower() or "unknown redis command" in text.lower():
-        return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + PERMISSIONS % prefix
+        return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + permissions
     if _is(text, "WRONGTYPE"):
         return f"another program keeps a key of its own under {prefix}: choose another KEY_PREFIX, and remove that key"
     if _is(text, "CROSSSLOT"):

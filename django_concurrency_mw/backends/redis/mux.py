@@ -86,7 +86,7 @@ class Mux:
         if self._conn is None and now < self._not_before:
             raise ConnectionError(
                 f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {self._error!r}"
-            )
+            ) from self._error
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
         waiter: asyncio.Future[Any] = self.loop.create_future()
@@ -289,7 +289,9 @@ class Mux:
         if is_final(error):
             for command in self._unanswered:
                 if command.waiter is not None and not command.waiter.done():
-                    command.waiter.set_exception(ConnectionError(f"Redis cannot be reached: {error!r}"))
+                    unreachable = ConnectionError(f"Redis cannot be reached: {error!r}")
+                    unreachable.__cause__ = error
+                    command.waiter.set_exception(unreachable)
 
     def _prune(self) -> bool:
         """Drop what need not be sent again; is anything left?"""

@@ -12,6 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from redis.exceptions import RedisError, ResponseError
 from ...exceptions import BackendError, PermanentBackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
-from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore
+from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, probe_slot
 from . import wire
 from .connecting import Recipe
 from .errors import classed
@@ -120,7 +121,7 @@ class RedisBackend(BaseBackend):
             self._lines.refresh()
         except Exception as error:
             raise classed(error, self._keys) from error
-        super().probe()
+        self._try_out()
 
     def recovered(self) -> None:
         for loop, mux in list(self._muxes.items()):
@@ -152,7 +153,7 @@ class RedisBackend(BaseBackend):
         found = False
         try:
             with self._recipe.client() as client:
-                for key in client.scan_iter(match=self._keys.pattern, count=1000):
+                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
                     for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
                         gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member[0], token)
                         found = bool(gone) or found
@@ -166,7 +167,7 @@ class RedisBackend(BaseBackend):
             with self._recipe.client() as client:
                 seconds, micros = client.time()
                 now = seconds * 1000 + micros / 1000
-                for key in client.scan_iter(match=self._keys.pattern, count=1000):
+                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
                     for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
                         holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
         except Exception as error:
@@ -176,8 +177,9 @@ class RedisBackend(BaseBackend):
     def check(self) -> Sequence[CheckMessage]:
         """Asks the server once, for `socket_timeout` at most."""
         place = f"CONCURRENCY_LIMIT['BACKENDS'][{self.config.alias!r}]"
+        self._lines.close()
         try:
-            super().probe()
+            self._try_out()
         except PermanentBackendError as error:
             return [Error(f"{place}: {error}", hint=f"{_capital(error.cure)}.", id="django_concurrency_mw.E005")]
         except Exception as error:
@@ -195,6 +197,15 @@ class RedisBackend(BaseBackend):
     def close(self) -> None:
         """Close the idle connections of threads; those of event loops end with their loop."""
         self._lines.close()
+
+    def _try_out(self) -> None:
+        """Every command that a request needs, and each reply: nobody waits for that of a release, so a server that refuses
+        those would never be noticed. Raises: BackendError."""
+        super().probe()
+        slot = probe_slot()
+        self.take((replace(slot, limit=0),))  # what is done where there is no room
+        for release in self._keys.give((slot,)):
+            self._call(release.packed, (), partial(bytes, release.packed))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
