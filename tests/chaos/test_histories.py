@@ -1,0 +1,580 @@
+"""Random histories, the same for every store and for a model of a few dicts: every answer and every state is compared.
+
+The order of calls is what is random here, not time: leases are far longer than a history, and where some end, all stores
+are waited for. After a red run, shrinking may take minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from time import monotonic, sleep
+from typing import Any, Final, NamedTuple
+
+import pytest
+import redis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from django_concurrency_mw.backends import BackendConfig, Holder
+from django_concurrency_mw.backends.base import Restore
+from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.backends.redis import store
+from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Full, Slot, Taken, TakeReply
+
+from ..redis_server import RedisServer
+from . import LONG
+
+SETTINGS = hypothesis_settings(
+    max_examples=1500 if LONG else 25,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+class Place(NamedTuple):
+    """A semaphore, by its policy and the text of its key."""
+
+    policy: str
+    key: str
+
+
+class Pair(NamedTuple):
+    """A holder of a semaphore, or somebody who never was."""
+
+    token: str
+    place: Place
+
+
+class Wanted(NamedTuple):
+    """One slot of a take, without its token."""
+
+    place: Place
+    limit: int
+    ttl: float
+    block: bool
+
+
+#: One name begins like the other one, and all of them have what could be meant as a pattern or a separator.
+PLACES: Final = [Place(policy, key) for policy in ("a.b", "a.b-C_1") for key in ("user:7", "ip:::1 [ü]*")]
+TOKENS: Final = ("t-1", "t-11", "t-2", "t-3", "t-4")
+PREFIX: Final = "chaos[1]*"
+#: Seconds. No lease of these ends within a history, and their keys outlive every lease that is made short.
+LEASES: Final = (100.0, 1_000.0, 10_000.0)
+#: Seconds that two reckonings of one lease's end may differ; far less than what lies between the leases.
+SLACK: Final = 20.0
+#: Seconds of a lease that is to end, and seconds after which it surely is over.
+SHORT, AFTER_SHORT = 0.02, 0.025
+#: Seconds for one call: a busy machine may answer late, also between the two commands of a `restore`.
+TIMEOUT: Final = 10.0
+#: How often a history does what takes long: waits for that, or lets everybody take.
+LAPSES, CROWDS = 3, 3
+#: What `restore` is told of the moment after which it must not happen, in seconds from now.
+UNTIL: Final = {"ahead": 60.0, "past": -0.001, "never": float("inf")}
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Where the stores differ from each other."""
+
+    #: A give tells who was held; otherwise it says so of everybody.
+    tells: bool
+    #: To take again is to begin the lease again, also a lapsed one; otherwise what stands there stays as it is.
+    begins_again: bool
+    #: A take looks at all of its slots for lapsed holders; otherwise at the ones that do not block only if it takes.
+    sweeps_all: bool
+    #: Tombstones count for as long as they are there; otherwise until the evicted holder's lease would have ended.
+    old_tombstones: bool
+
+
+MEMORY: Final = Ways(tells=True, begins_again=False, sweeps_all=False, old_tombstones=False)
+REDIS: Final = Ways(tells=False, begins_again=True, sweeps_all=True, old_tombstones=True)
+
+
+class Model:
+    """The rules. Every lease's end is in monotonic seconds, and who has lapsed stands there until somebody needs the room."""
+
+    def __init__(self, ways: Ways) -> None:
+        self.ways = ways
+        self.lose()
+
+    def lose(self) -> None:
+        self.standing: dict[Place, dict[str, float]] = {place: {} for place in PLACES}
+        self.evicted: dict[str, float] = {}
+        #: Evicted ones whose tombstones are there although they are over.
+        self.old: set[str] = set()
+
+    def take(self, token: str, wanted: Sequence[Wanted], now: float) -> TakeReply:
+        full = [
+            (one.block or self.ways.sweeps_all) and not self._has_room(token, one, now) and one.block for one in wanted
+        ]
+        if any(full):
+            return Full(tuple(full), tuple(len(self.standing[one.place]) for one in wanted))
+        held = [self._has_room(token, one, now) for one in wanted]
+        for one, has_room in zip(wanted, held, strict=True):
+            there = self.standing[one.place]
+            if has_room and (token not in there or self.ways.begins_again):
+                there[token] = now + one.ttl
+        return Taken(tuple(held), tuple(len(self.standing[one.place]) for one in wanted))
+
+    def _has_room(self, token: str, one: Wanted, now: float) -> bool:
+        there = self.standing[one.place]
+        if token in there or len(there) < one.limit:
+            return True
+        for lapsed in [other for other, ends in there.items() if ends <= now]:
+            del there[lapsed]
+        return len(there) < one.limit
+
+    def give(self, pairs: Sequence[Pair], now: float) -> list[bool]:
+        held = [self.standing[place].pop(token, now) > now for token, place in pairs]
+        return held if self.ways.tells else [True] * len(pairs)
+
+    def renew(self, pairs: Sequence[tuple[Pair, float]], now: float) -> list[bool]:
+        return [self._renew(pair, seconds, now) for pair, seconds in pairs]
+
+    def _renew(self, pair: Pair, seconds: float, now: float) -> bool:
+        there = self.standing[pair.place]
+        held = there.get(pair.token, now) > now
+        if held:
+            there[pair.token] = now + seconds
+        return held
+
+    def restore(self, holders: Sequence[tuple[Pair, float, str]], now: float) -> list[bool]:
+        return [self._restore(pair, seconds, until, now) for pair, seconds, until in holders]
+
+    def _restore(self, pair: Pair, seconds: float, until: str, now: float) -> bool:
+        there = self.standing[pair.place]
+        if pair.token in there:
+            return self._renew(pair, seconds, now)
+        back = until != "past" and self.evicted.get(pair.token, now) <= now and pair.token not in self.old
+        if back:
+            there[pair.token] = now + seconds
+        return back
+
+    def evict(self, token: str, now: float) -> bool:
+        ends = [there.pop(token) for there in self.standing.values() if token in there]
+        if ends:
+            self.evicted = self.tombstones(now)
+            self.evicted[token] = max([*ends, self.evicted.get(token, now)])
+        return bool(ends)
+
+    def held(self, now: float) -> dict[Pair, float]:
+        """Who is held, and how many seconds of the lease are left."""
+        return {
+            Pair(token, place): ends - now
+            for place, there in self.standing.items()
+            for token, ends in there.items()
+            if ends > now
+        }
+
+    def tombstones(self, now: float) -> dict[str, float]:
+        """Who may not come back before when."""
+        return {token: ends for token, ends in self.evicted.items() if ends > now}
+
+
+class Rig:
+    """A store, asked in the words of the model."""
+
+    #: Its snapshot is compared after every step.
+    lists = True
+
+    def __init__(self, name: str, ways: Ways, backend: MemoryBackend | RedisBackend) -> None:
+        self.name, self.ways, self.backend = name, ways, backend
+        self._slots: dict[Pair, Slot] = {}
+
+    def begin(self) -> None:
+        self._slots.clear()
+        self.lose()
+
+    def slot(self, pair: Pair) -> Slot:
+        """The one that was taken, as its lease would keep it; or one for somebody who never took."""
+        return self._slots.get(pair) or self._new(pair, Wanted(pair.place, 1, LEASES[0], True))
+
+    def _new(self, pair: Pair, one: Wanted) -> Slot:
+        # `since` is part of a holder's name in Redis.
+        policy, key = pair.place
+        return Slot(policy, make_key(key), one.limit, one.ttl, pair.token, one.block, path_of(pair), since=1_000.0)
+
+    def take(self, token: str, wanted: Sequence[Wanted]) -> TakeReply:
+        slots = []
+        for one in wanted:
+            pair = Pair(token, one.place)
+            slots.append(self._new(pair, one))
+            self._slots[pair] = slots[-1]
+        return self._take(slots)
+
+    def _take(self, slots: Sequence[Slot]) -> TakeReply:
+        return self.backend.take(slots)
+
+    def give(self, pairs: Sequence[Pair]) -> list[bool]:
+        return list(self._give([self.slot(pair) for pair in pairs]))
+
+    def _give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        return self.backend.give(slots)
+
+    def renew(self, pairs: Sequence[tuple[Pair, float]]) -> list[bool]:
+        return list(self.backend.renew([(self.slot(pair), seconds) for pair, seconds in pairs]))
+
+    def restore(self, holders: Sequence[tuple[Pair, float, str]]) -> list[bool]:
+        now = monotonic()
+        return list(
+            self.backend.restore(
+                [Restore(self.slot(pair), seconds, now + UNTIL[until]) for pair, seconds, until in holders]
+            )
+        )
+
+    def lose(self) -> None:
+        """The store loses all it knows."""
+        raise NotImplementedError
+
+    def look(self, model: Model) -> None:
+        """Compare what the store keeps with the model: who stands there, lapsed ones included, and what else there is."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def path_of(pair: Pair) -> str:
+    return f"/of/{pair.token}"
+
+
+class MemoryRig(Rig):
+    backend: MemoryBackend
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, MEMORY, MemoryBackend(BackendConfig("default", "memory")))
+
+    def lose(self) -> None:
+        self.backend._forget()
+
+    def look(self, model: Model) -> None:
+        there = {name: set(semaphore) for name, semaphore in self.backend._semaphores.items()}
+        assert there == {
+            (policy, make_key(key).digest): set(tokens)
+            for (policy, key), tokens in model.standing.items()
+            if tokens  # nobody's semaphore is no entry
+        }
+        for semaphore in self.backend._semaphores.values():
+            assert semaphore.earliest <= min(held.ends for held in semaphore.values()), (
+                "nobody would look for lapsed ones"
+            )
+        now = monotonic()
+        compare(
+            {token: ends - now for token, ends in self.backend._evicted.items() if ends > now},
+            {token: ends - now for token, ends in model.tombstones(now).items()},
+        )
+
+
+class RedisRig(Rig):
+    """On a database of its own, with nothing else in it."""
+
+    backend: RedisBackend
+
+    def __init__(self, name: str, port: int, database: int) -> None:
+        config = BackendConfig(
+            "default", "redis", f"redis://127.0.0.1:{port}/{database}", PREFIX, {"socket_timeout": TIMEOUT}
+        )
+        super().__init__(name, REDIS, RedisBackend(config))
+        # Any: the types of redis-py change with its version.
+        self.client: Any = redis.Redis(port=port, db=database, protocol=2)
+        self.places = {
+            f"{{{PREFIX}}}:1:{place.policy}:{make_key(place.key).digest.hex()}".encode(): place for place in PLACES
+        }
+        self.tombstones = f"{{{PREFIX}}}:1:!evicted".encode()
+
+    def _give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        given = self.backend.give(slots)
+        assert self._take(HEARD) == FULL  # on the same connection: now the give is done
+        return given
+
+    def lose(self) -> None:
+        self.client.flushdb()
+
+    def look(self, model: Model) -> None:
+        keys = sorted(self.client.keys("*"))
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.time()
+        for key in keys:
+            pipeline.zrange(key, 0, -1, withscores=True).pttl(key)
+        (seconds, micros), *replies = pipeline.execute()
+        server, now = seconds * 1000 + micros / 1000, monotonic()
+        found: dict[Place, dict[str, float]] = {place: {} for place in PLACES}
+        tombstones: dict[str, float] = {}
+        for key, members, left in zip(keys, replies[::2], replies[1::2], strict=True):
+            ends = {member.split(b"\n")[0].decode(): (score - server) / 1000 for member, score in members}
+            assert len(ends) == len(members), f"a holder stands there twice: {members}"
+            if key == self.tombstones:
+                tombstones = ends
+            else:
+                found[self.places[key]] = ends
+            assert left > 0, f"{key!r} would stay for ever"
+            assert left / 1000 > max(ends.values()) - SLACK, f"{key!r} would go before its last lease's end"
+        compare(
+            {Pair(token, place): left for place, there in found.items() for token, left in there.items()},
+            {Pair(token, place): e - now for place, there in model.standing.items() for token, e in there.items()},
+        )
+        compare(
+            {token: left for token, left in tombstones.items() if left > 0},
+            {token: ends - now for token, ends in model.tombstones(now).items()},
+        )
+        old = {token for token, left in tombstones.items() if left <= 0}
+        assert old <= model.evicted.keys(), "an eviction sweeps the tombstones that are over"
+        model.old = old if self.ways.old_tombstones else set()
+
+    def close(self) -> None:
+        self.backend.close()
+        self.client.close()
+
+
+class FakeRig(RedisRig):
+    """The scripts on another Lua and another sorted set. What is asked command by command is slow there."""
+
+    lists = False
+
+
+class LoopRig(RedisRig):
+    """It takes and gives on an event loop; the rest is for threads alone."""
+
+    def __init__(self, name: str, port: int, database: int) -> None:
+        super().__init__(name, port, database)
+        self.runner = asyncio.Runner()
+
+    def _take(self, slots: Sequence[Slot]) -> TakeReply:
+        return self.runner.get_loop().run_until_complete(self.backend.atake(slots))
+
+    def _give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        given = self.runner.get_loop().run_until_complete(self.backend.agive(slots))
+        assert self._take(HEARD) == FULL
+        return given
+
+    def close(self) -> None:
+        self.runner.close()
+        super().close()
+
+
+#: A take that leaves nothing behind and does not care what there is.
+HEARD: Final = (Slot("heard", make_key("of all"), 0, 1.0, "t"),)
+FULL: Final = Full((True,), (0,))
+
+
+def compare_lists(snapshot: Sequence[Holder], held: dict[Pair, float]) -> None:
+    assert sorted((one.policy, one.key, one.token, one.path) for one in snapshot) == sorted(
+        (*pair.place, pair.token, path_of(pair)) for pair in held
+    )
+    compare({Pair(one.token, Place(one.policy, one.key)): one.lease_left for one in snapshot}, held)
+
+
+def compare(found: Mapping[Any, float], expected: Mapping[Any, float]) -> None:
+    """The same ones, and as much left of their time; none or less is left of what is over."""
+    assert found.keys() == expected.keys()
+    for one, left in expected.items():
+        assert (found[one] <= 0) == (left <= 0), f"{one}: {found[one]} s are left, not {left}"
+        assert abs(found[one] - left) < SLACK or left <= 0, f"{one}: {found[one]} s are left, not {left}"
+
+
+tokens = st.sampled_from(TOKENS)
+places = st.sampled_from(PLACES)
+leases = st.sampled_from(LEASES)
+pairs = st.builds(Pair, tokens, places)
+late = st.sampled_from(("nothing", "evict", "crowd", "take"))
+wanted = st.builds(Wanted, places, st.integers(0, 4), leases, st.booleans())
+
+
+def shortly(pair: Pair, everywhere: bool) -> list[tuple[Pair, float]]:
+    """To be renewed for a moment only: there, or wherever this holder is."""
+    others = [Pair(pair.token, place) for place in PLACES if place != pair.place]
+    return [(each, SHORT) for each in ([pair, *others] if everywhere else [pair])]
+
+
+class Histories(RuleBasedStateMachine):
+    def __init__(self, rigs: Sequence[Rig]) -> None:
+        super().__init__()
+        self.each = [(rig, Model(rig.ways)) for rig in rigs]
+        self.takes: list[tuple[str, list[Wanted]]] = []
+        self.lapses = self.crowds = self.losses = 0
+        self.agreed = True
+        for rig in rigs:
+            rig.begin()
+
+    def ask(self, ask: Callable[[Rig], Any], tell: Callable[[Model, float], Any]) -> None:
+        """Of every store, and of its model."""
+        self.agreed = False
+        for rig, model in self.each:
+            answer = ask(rig)
+            expected = tell(model, monotonic())
+            assert answer == expected, f"{rig.name} says {answer}, and {expected} was expected"
+
+    @rule(token=tokens, wanted=st.lists(wanted, min_size=1, max_size=3, unique_by=lambda one: one.place))
+    def take(self, token: str, wanted: list[Wanted]) -> None:
+        self.takes.append((token, wanted))
+        self._take(token, wanted)
+
+    def _take(self, token: str, wanted: list[Wanted]) -> None:
+        self.ask(lambda rig: rig.take(token, wanted), lambda model, now: model.take(token, wanted, now))
+
+    @precondition(lambda self: self.crowds < CROWDS)
+    @rule(place=places, limit=st.integers(1, 4))
+    def crowd(self, place: Place, limit: int) -> None:
+        """Everybody wants the same."""
+        self.crowds += 1
+        for token in TOKENS:
+            self._take(token, [Wanted(place, limit, LEASES[0], True)])
+
+    @precondition(lambda self: self.takes)
+    @rule(data=st.data())
+    def take_again(self, data: st.DataObject) -> None:
+        self._take(*data.draw(st.sampled_from(self.takes)))
+
+    @rule(pairs=st.lists(pairs, min_size=1, max_size=5))
+    def give(self, pairs: list[Pair]) -> None:
+        self.ask(lambda rig: rig.give(pairs), lambda model, now: model.give(pairs, now))
+
+    @rule(pairs=st.lists(pairs, min_size=1, max_size=3))
+    def give_twice(self, pairs: list[Pair]) -> None:
+        self.give(pairs)
+        self.give(pairs)
+
+    @rule(pairs=st.lists(st.tuples(pairs, leases), min_size=1, max_size=5))
+    def renew(self, pairs: list[tuple[Pair, float]]) -> None:
+        self.ask(lambda rig: rig.renew(pairs), lambda model, now: model.renew(pairs, now))
+
+    @precondition(lambda self: self.lapses < LAPSES and self.held())
+    @rule(data=st.data(), everywhere=st.booleans(), then=late)
+    def lapse(self, data: st.DataObject, everywhere: bool, then: str) -> None:
+        """A holder's leases end, at one place or at all."""
+        pair = data.draw(st.sampled_from(self.held()))
+        short = shortly(pair, everywhere)
+        self.ask(lambda rig: rig.renew(short), lambda model, now: model.renew(short, now))
+        self.be_late(short, then)
+
+    @precondition(lambda self: self.lapses < LAPSES and self.held())
+    @rule(data=st.data(), everywhere=st.booleans(), other=tokens, then=late)
+    def evict_and_lapse(self, data: st.DataObject, everywhere: bool, other: str, then: str) -> None:
+        """The same, but the holder is evicted just before, and another one before that, whose leases are long."""
+        pair = data.draw(st.sampled_from(self.held()))
+        short = shortly(pair, everywhere)
+        self.evict(other)
+        # Store by store: the eviction has to come before the leases' end.
+        self.ask(
+            lambda rig: (rig.renew(short), rig.backend.evict(pair.token)),
+            lambda model, now: (model.renew(short, now), model.evict(pair.token, now)),
+        )
+        self.be_late(short, then)
+
+    @precondition(lambda self: self.lapses < LAPSES)
+    @rule(token=tokens, other=tokens, place=places, then=late)
+    def come_for_a_moment(self, token: str, other: str, place: Place, then: str) -> None:
+        """Somebody takes with a short lease, beside another one, whose long lease keeps the key in Redis."""
+        self._take(other, [Wanted(place, 9, LEASES[0], True)])
+        self._take(token, [Wanted(place, 9, SHORT, True)])
+        self.be_late(shortly(Pair(token, place), False), then)
+
+    def held(self) -> list[Pair]:
+        """Who is held in the memory store; in the others too, but for what differs. No clock decides what is drawn so."""
+        _, model = self.each[0]
+        return sorted(model.held(monotonic()))
+
+    def be_late(self, short: Sequence[tuple[Pair, float]], then: str) -> None:
+        """Wait until the short leases are over; then their holder wants to go on, and something else may follow."""
+        self.lapses += 1
+        sleep(AFTER_SHORT)
+        self.agree()
+        self.renew([(pair, LEASES[0]) for pair, _ in short])
+        self.restore([(pair, LEASES[0], "never") for pair, _ in short])
+        token, place = short[0][0]
+        if then == "take":
+            self.take(token, [Wanted(pair.place, 1, LEASES[1], True) for pair, _ in short[:3]])
+        elif then == "crowd":
+            self.crowd(place, 2)
+        elif then == "evict":
+            for each in (token, *TOKENS):
+                self.evict(each)
+
+    @rule(holders=st.lists(st.tuples(pairs, leases, st.sampled_from(list(UNTIL))), min_size=1, max_size=4))
+    def restore(self, holders: list[tuple[Pair, float, str]]) -> None:
+        self.ask(lambda rig: rig.restore(holders), lambda model, now: model.restore(holders, now))
+
+    @rule(token=tokens)
+    def evict(self, token: str) -> None:
+        self.ask(lambda rig: rig.backend.evict(token), lambda model, now: model.evict(token, now))
+
+    @precondition(lambda self: self.losses < 2)
+    @rule()
+    def lose(self) -> None:
+        self.losses += 1
+        for rig, model in self.each:
+            rig.lose()
+            model.lose()
+
+    @invariant()
+    def agree(self) -> None:
+        self.agreed = False
+        for rig, model in self.each:
+            try:
+                rig.look(model)
+                if rig.lists:
+                    compare_lists(rig.backend.snapshot(), model.held(monotonic()))
+            except Exception as error:
+                error.add_note(f"of {rig.name}")
+                raise
+        self.agreed = True
+
+    def teardown(self) -> None:
+        if not self.agreed:  # something has failed already
+            return
+        self.give([Pair(token, place) for token in TOKENS for place in PLACES])
+        for rig, model in self.each:
+            assert not any(model.standing.values())
+            rig.look(model)
+            assert list(rig.backend.snapshot()) == [], rig.name
+
+
+@pytest.fixture
+def fake_server() -> Iterator[int | None]:
+    """The port of a Redis in Python, which runs the scripts in a Lua of its own; None where it is not installed."""
+    if find_spec("fakeredis") is None or find_spec("lupa") is None:
+        yield None
+        return
+    from fakeredis import TcpFakeServer
+
+    server = TcpFakeServer(("127.0.0.1", 0))
+    handler: Any = server.RequestHandlerClass
+    handler.disable_nagle_algorithm = True  # else every other reply takes 40 ms
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def rigs(redis_server: RedisServer, fake_server: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rig]]:
+    monkeypatch.setattr(store, "RESTORE_WITHIN", TIMEOUT)
+    rigs = [
+        MemoryRig("memory"),
+        RedisRig("Redis from threads", redis_server.port, 1),
+        LoopRig("Redis from a loop", redis_server.port, 2),
+    ]
+    if fake_server is not None:
+        rigs.append(FakeRig("fakeredis", fake_server, 0))
+    yield rigs
+    for rig in rigs:
+        rig.close()
+
+
+def test_every_store_does_what_the_model_does(rigs: list[Rig]) -> None:
+    class OfThese(Histories):
+        def __init__(self) -> None:
+            super().__init__(rigs)
+
+    run_state_machine_as_test(OfThese, settings=SETTINGS)
