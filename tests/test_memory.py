@@ -188,8 +188,8 @@ def test_the_cap_holds_among_threads(store: MemoryBackend) -> None:
 
 
 def test_nothing_is_kept_of_many_keys(store: MemoryBackend) -> None:
-    """10^6 keys in the long run, a third of them in the short one: each held full by one, rejected for another and given back. Under 5 MB
-    are left, by the process's own size."""
+    """10^6 keys in the long run, a third of them in the short one: each held full by one, rejected for another and given
+    back. Under 5 MB are left, by the process's own size."""
 
     def through(number: int) -> None:
         one = slot(key=str(number), token="a")
