@@ -40,6 +40,7 @@ TEND_EVERY = 5.0
 DELIVER_AGAIN = 0.25
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
+NO_END = float("inf")
 #: Slots that one renewal command is for, at most.
 RENEW_AT_ONCE = 500
 
@@ -101,7 +102,11 @@ class RedisBackend(BaseBackend):
         reply = self._call(packed, (), lambda: packed)
         if 2 in reply:
             raise BackendError("the holders could not be counted again in time", whole=False)
-        return self._held(reply)
+        # A stand-in stays one where a key of another type is in the way: its process goes on counting it.
+        return [
+            back and (each == 1 or holder.until < NO_END)
+            for back, each, holder in zip(self._held(reply), reply, holders, strict=True)
+        ]
 
     def _held(self, reply: Sequence[int]) -> list[bool]:
         """A key of another type is said once; whom it is in the way of is tried again with the next renewal."""
