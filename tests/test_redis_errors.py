@@ -431,7 +431,7 @@ class TestOneKeyOfAnotherType:
                 client.delete(*client.scan_iter(store._keys.prefix + f"{policy}:*".encode()))
         look(*leases)
         assert sorted(holder.policy for holder in store.snapshot()) == ["q", "r"]
-        assert not only(leases[1]).lost
+        assert (only(leases[1]).local, only(leases[1]).lost) == (True, False)
         assert store.failure is None
 
 
