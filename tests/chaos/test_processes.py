@@ -47,7 +47,7 @@ def test_a_killed_workers_slots_come_back_with_its_lease(
         assert wait_until(lambda: site.status() == 200, TTL + 10)
         print(f"{server}: admitting again {monotonic() - killed:.2f} s after kill -9 at ttl {TTL}")
         assert monotonic() - killed < TTL + 5
-        assert wait_until(lambda: site.held() == 0, 5)
+        assert wait_until(lambda: living(site.redis, site.prefix) == 0, 5)
 
 
 @pytest.mark.parametrize("server", list(SERVERS) if LONG else ["gthread-preload", "uvicorn-2"])
