@@ -25,7 +25,7 @@ class Key:
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # nobody changes one; to make a frozen one takes a microsecond more
 class Slot:
     """One slot of one semaphore, asked for or held: enough to take it, to renew it and to give it back.
 

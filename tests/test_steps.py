@@ -16,6 +16,7 @@ from django.test import RequestFactory
 
 from django_concurrency_mw import drivers
 from django_concurrency_mw.backends import BackendConfig, BaseBackend, Holder
+from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.exceptions import BackendError
@@ -92,13 +93,18 @@ def memory(request: pytest.FixtureRequest) -> BaseBackend:
     return MemoryBackend(BackendConfig("default", "memory", key_prefix=f"steps-{next(_numbers)}"))
 
 
+def host(request: pytest.FixtureRequest) -> BaseBackend:
+    path = request.getfixturevalue("tmp_path") / f"steps-{next(_numbers)}"
+    return HostBackend(BackendConfig("default", "host", options={"path": path, "slots": 256}))
+
+
 def redis(request: pytest.FixtureRequest) -> BaseBackend:
     server: RedisServer = request.getfixturevalue("redis_server")
     return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}", {"socket_timeout": 2}))
 
 
 #: name -> a fresh store
-BACKENDS: dict[str, Callable[[pytest.FixtureRequest], BaseBackend]] = {"memory": memory, "redis": redis}
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], BaseBackend]] = {"memory": memory, "host": host, "redis": redis}
 
 
 def _arun(steps: Steps[Any]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Final
@@ -11,17 +13,29 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from ..exceptions import did_you_mean
-from .base import BackendConfig, BaseBackend, Holder
+from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder
 
-__all__ = ["SHORT_NAMES", "BackendConfig", "BaseBackend", "Holder", "get_backend", "snapshot_all"]
+__all__ = [
+    "DEFAULT_BACKEND",
+    "DEFAULT_PREFIX",
+    "SHORT_NAMES",
+    "BackendConfig",
+    "BaseBackend",
+    "Holder",
+    "get_backend",
+    "snapshot_all",
+]
 
 #: The short names of BACKEND.
 SHORT_NAMES: Final[Mapping[str, str]] = {
+    "host": "django_concurrency_mw.backends.host.store.HostBackend",
     "memory": "django_concurrency_mw.backends.memory.MemoryBackend",
     "redis": "django_concurrency_mw.backends.redis.store.RedisBackend",
 }
+#: What a site has that names no store: one count over all processes of the machine, where the platform has that.
+DEFAULT_BACKEND: Final = "host" if sys.platform == "linux" and struct.calcsize("P") == 8 else "memory"
 #: Names that are part of the public face, but whose store this version does not have.
-LATER: Final = frozenset({"host"})
+LATER: Final[frozenset[str]] = frozenset()
 
 _instances: dict[str, BaseBackend] = {}
 _making = threading.Lock()

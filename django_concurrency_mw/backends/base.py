@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
-from ..exceptions import BackendError
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning
+
+from ..exceptions import BackendError, PermanentBackendError
 from ..outcomes import Full, Key, Slot, TakeReply
 from ..tokens import new_token
 
 #: Seconds after which a `restore` that was given up has no effect any more.
 RESTORE_WITHIN: Final = 1.0
+#: The KEY_PREFIX of a site that gives none.
+DEFAULT_PREFIX: Final = "concurrency"
 #: The semaphore of a store's own, for probing; no policy can be called so.
 PROBE: Final = "!probe"
 
@@ -26,6 +32,11 @@ class Restore(NamedTuple):
     until: float
 
 
+def settings_module() -> str:
+    """The name of the site's settings module; empty where the settings come from no module."""
+    return os.environ.get("DJANGO_SETTINGS_MODULE") or str(getattr(settings, "SETTINGS_MODULE", None) or "")
+
+
 def probe_slot() -> Slot:
     """A slot that says whether a store works."""
     return Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token())
@@ -33,7 +44,8 @@ def probe_slot() -> Slot:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound."""
+    """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound; `pid` is
+    that of its process where the store knows it."""
 
     policy: str
     key: str
@@ -41,6 +53,7 @@ class Holder:
     age: float
     lease_left: float
     path: str = ""
+    pid: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +63,7 @@ class BackendConfig:
     alias: str
     backend: str
     location: Any = None
-    key_prefix: str = "concurrency"
+    key_prefix: str = DEFAULT_PREFIX
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -136,3 +149,12 @@ class BaseBackend(ABC):
     def check(self) -> Sequence[Any]:
         """Django check messages about this store's configuration. Must not be slow and must not raise."""
         return []
+
+
+def check_message(store: BaseBackend, error: Exception, hint: str) -> CheckMessage:
+    """What a check says of a store that cannot be used: an error with its cure, or a warning with this hint."""
+    place = f"CONCURRENCY_LIMIT['BACKENDS'][{store.config.alias!r}]"
+    if isinstance(error, PermanentBackendError):
+        cure = f"{error.cure[:1].upper()}{error.cure[1:]}."
+        return Error(f"{place}: {error}", hint=cure, id="django_concurrency_mw.E005")
+    return Warning(f"{place} cannot be asked: {error}", hint=hint, id="django_concurrency_mw.W006")

@@ -17,14 +17,14 @@ from functools import partial
 from time import monotonic
 from typing import Any, ClassVar
 
-from django.core.checks import CheckMessage, Error, Warning
+from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
 from redis.exceptions import RedisError, ResponseError
 
-from ...exceptions import BackendError, PermanentBackendError
+from ...exceptions import BackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
-from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, probe_slot
+from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
 from . import wire
 from .connecting import Recipe
 from .errors import classed
@@ -181,21 +181,20 @@ class RedisBackend(BaseBackend):
 
     def check(self) -> Sequence[CheckMessage]:
         """Asks the server once, for `socket_timeout` at most."""
-        place = f"CONCURRENCY_LIMIT['BACKENDS'][{self.config.alias!r}]"
         self._lines.close()
         try:
             self._try_out()
-        except PermanentBackendError as error:
-            return [Error(f"{place}: {error}", hint=f"{_capital(error.cure)}.", id="django_concurrency_mw.E005")]
         except Exception as error:
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
-            return [Warning(f"{place} cannot be asked: {error}", hint=hint, id="django_concurrency_mw.W006")]
+            return [check_message(self, error, hint)]
         finally:
             unknown = any(line.client is None for line in list(self._lines._free))
             self._lines.close()
         if unknown:
             hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
-            message = f"{place}: the server does not tell a connection who it is"
+            message = (
+                f"CONCURRENCY_LIMIT['BACKENDS'][{self.config.alias!r}]: the server does not tell a connection who it is"
+            )
             return [Warning(message, hint=hint, id="django_concurrency_mw.W007")]
         return []
 
@@ -279,10 +278,6 @@ class RedisBackend(BaseBackend):
         self._lines.forget()
         self._muxes = {}
         self._tended = self._delivering = False
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 _stores: weakref.WeakSet[RedisBackend] = weakref.WeakSet()

@@ -1,0 +1,273 @@
+"""The host store: what a take, a release and a renewal mean, on a table that all processes of this machine share."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from django.core.checks import CheckMessage
+from django.core.exceptions import ImproperlyConfigured
+
+from ...exceptions import PermanentBackendError, did_you_mean, shown
+from ...outcomes import Full, Slot, Taken, TakeReply
+from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message
+from .access import Access, Inside
+from .layout import DEFAULT_CELLS, EVICTED, FEWEST_CELLS, FREE, HELD, MOST_CELLS, Layout, Named, named, rounded
+from .opening import default_path
+from .table import Place, Table, TableFull, Wanted
+
+#: One holder of one semaphore: token, policy, digest.
+Known = tuple[str, str, bytes]
+#: One of them with the state and the content of its cell.
+Saved = tuple[Known, int, bytes]
+
+#: Replies that are much alike, and take longer to make than to find.
+_taken, _full = lru_cache(1024)(Taken), lru_cache(1024)(Full)
+
+
+class HostBackend(BaseBackend):
+    """`OPTIONS`: `path`, a file; `slots`, how many may be in flight in all, rounded up to a power of two (16,384)."""
+
+    supports_semaphores: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
+    #: A take has no point at which it could be cancelled but those at which nothing is taken.
+    cancel_safe: ClassVar[bool] = True
+
+    def __init__(self, config: BackendConfig) -> None:
+        super().__init__(config)
+        place = f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]"
+        if sys.platform != "linux" or struct.calcsize("P") != 8:
+            raise ImproperlyConfigured(
+                f"{place}['BACKEND']: the host store needs 64-bit Linux, and this is {sys.platform}; use 'memory' or 'redis'"
+            )
+        self._given_path, slots = _options(config.options, f"{place}['OPTIONS']")
+        #: Where our holders stand in the table.
+        self._known: dict[Known, Place] = {}
+        self._access = Access(self._where, Layout(slots), self._saved, self._moved, self._give)
+        _stores.add(self)
+
+    def _forget(self) -> None:
+        """Start empty, as in a forked child: the parent's holders are not ours."""
+        self._known = {}
+        self._access.forget()
+
+    # -- the interface ----------------------------------------------------------------------------------------------
+
+    def take(self, slots: Sequence[Slot]) -> TakeReply:
+        return self._access.call(self._take, slots)
+
+    def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        try:
+            return self._access.call(self._give, slots)
+        except Inside:
+            self._access.put_aside(slots)
+            return [True] * len(slots)
+
+    def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
+        return self._access.call(self._renew, slots)
+
+    def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
+        return self._access.call(self._restore, holders)
+
+    def evict(self, token: str) -> bool:
+        return self._access.call(lambda table, token, now: table.evict(token) > 0, token)
+
+    def snapshot(self) -> Sequence[Holder]:
+        def holders(table: Table, _: None, now: int) -> list[Holder]:
+            table.sweep(now, force=True)
+            return table.holders(now)
+
+        return self._access.call(holders, None)
+
+    async def atake(self, slots: Sequence[Slot]) -> TakeReply:
+        return await self._access.acall(self._take, slots)
+
+    async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        try:
+            return await self._access.acall(self._give, slots)
+        except Inside:
+            self._access.put_aside(slots)
+            return [True] * len(slots)
+
+    def check(self) -> Sequence[CheckMessage]:
+        """Tries a file that is there; one that is not is left for the first request to make."""
+        try:
+            path = self._where()
+            if os.path.lexists(path):
+                self.probe()
+            elif not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermanentBackendError(
+                    f"{path} cannot be made",
+                    cure="let this user write in its directory, or name another file in `path`",
+                )
+        except Exception as error:
+            return [check_message(self, error, "Until it works ON_BACKEND_ERROR decides about each request.")]
+        return []
+
+    def close(self) -> None:
+        """Let go of the file. What is still held here ends as if the process had died."""
+        self._forget()
+
+    def _where(self) -> Path:
+        return self._given_path or default_path(self.config.key_prefix)
+
+    # -- what is done there -----------------------------------------------------------------------------------------
+
+    def _take(self, table: Table, slots: Sequence[Slot], now: int) -> TakeReply:
+        totals, fits, new, lapsed = self._ask(table, slots, now)
+        if False in fits:
+            if table.sweep(now):
+                totals, fits, new, lapsed = self._ask(table, slots, now)
+            full = tuple([slot.block and not fit for slot, fit in zip(slots, fits)])  # noqa: B905  # strict is slow
+            if True in full:
+                return _full(full, tuple(totals))
+        if new:
+            totals = self._hold(table, new, lapsed, now)
+            if len(totals) != len(slots):  # some were held before, or do not fit
+                totals = self._ask(table, slots, now)[0]
+        return _taken(tuple(fits), tuple(totals))
+
+    def _ask(
+        self, table: Table, slots: Sequence[Slot], now: int
+    ) -> tuple[list[int], list[bool], dict[Known, Wanted], list[int]]:
+        """Of each slot the total of its semaphore, and whether it may be held; what is to be written for that; and the cells
+        to be freed for that, which are lapsed ones of the same tokens that nobody has swept yet."""
+        places = self._known
+        totals: list[int] = []
+        fits: list[bool] = []
+        new: dict[Known, Wanted] = {}
+        ahead: list[Named] = []
+        lapsed: list[int] = []
+        for slot in slots:
+            policy, key, limit = slot.policy, slot.key, slot.limit
+            digest = key.digest
+            known, name = (slot.token, policy, digest), named(policy, digest, key.text)
+            total = table.total(name[0], name[1])
+            fit, place = total < limit, places.get(known)
+            until = table.held_until(place) if place else 0
+            if until > now:
+                fit = True
+            elif fit and not ((before := ahead.count(name)) and known in new):
+                fit = total + before < limit  # what stands before it in this very take counts, too
+                if fit:
+                    new[known] = (name, slot, int(slot.ttl * 1e9))
+                    ahead.append(name)
+                    if place and until:
+                        lapsed.append(place[0])
+            totals.append(total)
+            fits.append(fit)
+        return totals, fits, new, lapsed
+
+    def _hold(self, table: Table, new: Mapping[Known, Wanted], lapsed: Sequence[int], now: int) -> list[int]:
+        """Returns the totals."""
+        if lapsed:
+            table.drop(lapsed)
+        try:
+            places = table.write(new, now)
+        except TableFull:
+            if not table.sweep(now, force=True):
+                raise
+            places = table.write(new, now)
+        if len(self._known) > 2 * table.layout.cells:
+            self._known = {one: place for one, place in self._known.items() if table.state(place) != FREE}
+        # Known before they count: whatever comes in between, giving back finds them.
+        self._known.update(places)
+        return table.commit(places.values())
+
+    def _give(self, table: Table, slots: Sequence[Slot], now: int) -> list[bool]:
+        places = self._known
+        given: list[bool] = []
+        cells: dict[int, Known] = {}
+        for slot in slots:
+            known = (slot.token, slot.policy, slot.key.digest)
+            place = places.get(known)
+            until = table.held_until(place) if place else 0
+            if place and until:
+                given.append(until > now and place[0] not in cells)
+                cells[place[0]] = known
+            else:
+                given.append(False)
+                places.pop(known, None)
+        if cells:
+            table.drop(cells)
+            for known in cells.values():  # after that: whoever is thrown out before it gives back once more
+                places.pop(known, None)
+        return given
+
+    def _renew(self, table: Table, slots: Sequence[tuple[Slot, float]], now: int) -> list[bool]:
+        held = []
+        for slot, seconds in slots:
+            place = self._known.get((slot.token, slot.policy, slot.key.digest))
+            still = place is not None and table.held_until(place) > now
+            if place is not None and still:
+                table.extend(place, now + int(seconds * 1e9))
+            held.append(still)
+        return held
+
+    def _restore(self, table: Table, holders: Sequence[Restore], now: int) -> list[bool]:
+        held = []
+        for slot, seconds, until in holders:
+            known = (slot.token, slot.policy, slot.key.digest)
+            place, ttl = self._known.get(known), int(seconds * 1e9)
+            state = FREE if place is None else table.state(place)
+            if place is not None and state == HELD:
+                back = table.held_until(place) > now
+                if back:
+                    table.extend(place, now + ttl)
+            else:
+                back = state != EVICTED and now < until * 1e9
+                if back:
+                    name = named(slot.policy, slot.key.digest, slot.key.text)
+                    self._hold(table, {known: (name, slot, ttl)}, (), now)
+            held.append(back)
+        return held
+
+    def _saved(self, table: Table, now: int) -> list[Saved]:
+        """What we hold in this table, or were evicted from."""
+        return [
+            (one, state, table.raw(place))
+            for one, place in self._known.items()
+            if (state := table.state(place)) != FREE and table.expires(place) > now
+        ]
+
+    def _moved(self, saved: Sequence[Saved], table: Table, now: int) -> None:
+        """There is another table, or one for the first time: what we held before is held in this one from now on."""
+        known: dict[Known, Place] = {}
+        for one, state, raw in saved:
+            known[one] = table.write_raw(raw)
+            table.commit([known[one]], state)
+        self._known = known
+
+
+def _options(options: Mapping[str, Any], place: str) -> tuple[Path | None, int]:
+    for name in options:
+        if name not in ("path", "slots"):
+            raise ImproperlyConfigured(
+                f"{place}: unknown option {shown(name)}; the host store has 'path' and 'slots'"
+                + did_you_mean(str(name), ("path", "slots"))
+            )
+    path, slots = options.get("path"), options.get("slots", DEFAULT_CELLS)
+    if path is not None and (not isinstance(path, str | os.PathLike) or not os.path.isabs(path)):
+        raise ImproperlyConfigured(f"{place}['path']: expected the absolute path of a file, got {shown(path)}")
+    if not isinstance(slots, int) or isinstance(slots, bool) or not FEWEST_CELLS <= slots <= MOST_CELLS:
+        raise ImproperlyConfigured(
+            f"{place}['slots']: expected an integer from {FEWEST_CELLS} to {MOST_CELLS}, got {shown(slots)}"
+        )
+    return None if path is None else Path(path), rounded(slots)
+
+
+_stores: weakref.WeakSet[HostBackend] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for store in list(_stores):
+        store._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,373 @@
+"""The table: cells, the index made from them, and the look for what the dead and the lapsed have left.
+
+Whoever calls anything here holds the table's lock. What is in the way of an exception or a kill at any point: a cell is
+written whole before its state says that it is in use, and freed by its state before anything else; DIRTY stands while the
+index does not say the same as states and cells, and goes only when all is done.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterable, Mapping
+from time import monotonic_ns
+from typing import Final, TypeVar
+
+from ...exceptions import BackendError
+from ...outcomes import Slot
+from ..base import Holder
+from .layout import (
+    CELL,
+    EVICTED,
+    FREE,
+    HELD,
+    MOST,
+    PATH_ROOM,
+    QUEUED,
+    TOKEN_ROOM,
+    WEIGHT_MASK,
+    Cell,
+    Entry,
+    Header,
+    Layout,
+    Named,
+    fitted,
+    unpack_text,
+)
+from .locking import any_alive
+
+#: A refusal looks for the lapsed and the dead at most this often, by all processes together (ns).
+SWEEP_EVERY: Final = 20_000_000
+
+
+class TableFull(BackendError):
+    """Every cell is in use. That fails this call alone: what has its cells goes on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, whole=False)
+
+
+K = TypeVar("K")
+#: Where a holder stands, as long as the cell has this ticket: (cell, ticket).
+Place = tuple[int, int]
+#: A cell that is to be written: semaphore, slot, ttl in ns.
+Wanted = tuple[Named, Slot, int]
+
+# What every take and give reads and writes, as names of this module, which are looked up faster than those of a class.
+_DIRTY, _LAST, _HINT, _HIGH = Header.DIRTY, Header.TICKET, Header.HINT, Header.HIGH
+_LO, _TICKET, _OWNER, _EXPIRES = Cell.LO, Cell.TICKET, Cell.OWNER, Cell.EXPIRES
+_TOTAL, _WAITING = Entry.TOTAL, Entry.WAITING
+_CELL, _CELL_SIZE, _ENTRY = Cell.WORDS, CELL.size, Entry.WORDS
+_pack = CELL.pack_into
+assert Entry.LO == Cell.LO
+
+
+class Table:
+    """One opened file, for the process that has this `number` there."""
+
+    __slots__ = (
+        "_cells",
+        "_index",
+        "_index_end",
+        "_mask",
+        "fd",
+        "identity",
+        "layout",
+        "map",
+        "number",
+        "states_at",
+        "words",
+    )
+
+    def __init__(self, fd: int, mapped: mmap.mmap, layout: Layout, number: int, identity: tuple[int, int]) -> None:
+        self.fd, self.layout, self.number, self.identity = fd, layout, number, identity
+        self.map = mapped
+        self.words: memoryview[int] = memoryview(mapped).cast("Q")
+        self.states_at = layout.states_at
+        self._cells, self._index, self._mask = layout.cells_word, layout.index_word, layout.entries - 1
+        self._index_end = layout.index_word + layout.entries * _ENTRY
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def total(self, hi: int, lo: int) -> int:
+        """What is in flight of a semaphore, by weight."""
+        words = self.words
+        at = self._index + (hi & self._mask) * _ENTRY
+        found = words[at]
+        if found == hi and words[at + _LO] == lo:
+            return words[at + _TOTAL]
+        return words[self._entry(hi, lo) + _TOTAL] if found else 0
+
+    def state(self, place: Place) -> int:
+        """Of the cell, if it still is this holder's; else FREE."""
+        cell, ticket = place
+        if self.words[self._cells + cell * _CELL + _TICKET] != ticket:
+            return FREE
+        return self.map[self.states_at + cell]
+
+    def expires(self, place: Place) -> int:
+        """When the lease ends (monotonic ns)."""
+        return self.words[self._cells + place[0] * _CELL + _EXPIRES]
+
+    def held_until(self, place: Place) -> int:
+        """When the lease ends; 0 where this holder does not hold it any more."""
+        cell, ticket = place
+        words, at = self.words, self._cells + cell * _CELL
+        if words[at + _TICKET] == ticket and self.map[self.states_at + cell] == HELD:
+            return words[at + _EXPIRES]
+        return 0
+
+    def raw(self, place: Place) -> bytes:
+        """The content of the cell."""
+        at = self.layout.cells_at + place[0] * CELL.size
+        return self.map[at : at + CELL.size]
+
+    def holders(self, now: int) -> list[Holder]:
+        """Who holds what."""
+        found = []
+        for cell in self._used():
+            at = self._cells + cell * Cell.WORDS
+            since, expires = self.words[at + Cell.SINCE], self.words[at + Cell.EXPIRES]
+            if self.map[self.states_at + cell] == HELD and expires > now:
+                texts = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)
+                process = self.layout.processes_word + 4 * (self.words[at + Cell.OWNER] >> 32)
+                found.append(
+                    Holder(age=(now - since) / 1e9, lease_left=(expires - now) / 1e9, pid=self.words[process], **texts)
+                )
+        return found
+
+    # -- changing ---------------------------------------------------------------------------------------------------
+
+    def write(self, wanted: Mapping[K, Wanted], now: int, weight: int = 1) -> dict[K, Place]:
+        """Cells for these, in rising order, which nobody counts until `commit`. Raises: TableFull."""
+        words, mapped, layout, states_at = self.words, self.map, self.layout, self.states_at
+        ticket = words[_LAST] = words[_LAST] + 1
+        owner = self.number << 32 | weight
+        cells_at, at, end = layout.cells_at, states_at + words[_HINT], states_at + layout.cells
+        token = path = None
+        raw_token = raw_path = b""
+        places: dict[K, Place] = {}
+        for one, ((hi, lo, texts), slot, ttl) in wanted.items():
+            found = mapped.find(b"\0", at, end)
+            if found < 0:
+                raise TableFull(
+                    f"all {layout.cells} cells of the host store's table are in use; more in flight at once need a larger "
+                    "`slots` in its OPTIONS"
+                )
+            cell, at, limit = found - states_at, found + 1, slot.limit
+            if slot.token is not token or slot.path is not path:  # one request has one of each
+                token, path = slot.token, slot.path
+                raw_token, raw_path = fitted(token, TOKEN_ROOM), fitted(path, PATH_ROOM)
+            if not 0 <= limit <= MOST:
+                limit = MOST if limit > 0 else 0
+            # Not one store but many, as nobody reads a cell that is FREE.
+            where, ends = cells_at + cell * _CELL_SIZE, now + ttl
+            _pack(mapped, where, hi, lo, ticket, owner, now, ends, limit, ttl, raw_token, texts, raw_path)
+            places[one] = (cell, ticket)
+        return places
+
+    def write_raw(self, raw: bytes) -> Place:
+        """A cell with the content of one of another file. Not counted until `commit`. Raises: TableFull."""
+        found = self.map.find(b"\0", self.states_at + self.words[Header.HINT], self.states_at + self.layout.cells)
+        if found < 0:
+            raise TableFull("the host store's table has no room for the holders of a file that was removed")
+        cell = found - self.states_at
+        at, word = self.layout.cells_at + cell * CELL.size, self._cells + cell * Cell.WORDS
+        self.map[at : at + CELL.size] = raw
+        ticket = self.words[Header.TICKET] = self.words[Header.TICKET] + 1
+        self.words[word + Cell.TICKET] = ticket
+        self.words[word + Cell.OWNER] = self.number << 32 | self.words[word + Cell.OWNER] & WEIGHT_MASK
+        return (cell, ticket)
+
+    def commit(self, places: Iterable[Place], state: int = HELD) -> list[int]:
+        """From now on these cells, which were written last, are in use. Returns the totals of those that are held."""
+        words, mapped, states_at, cell = self.words, self.map, self.states_at, -1
+        totals = []
+        words[_DIRTY] = 1
+        for cell, _ in places:
+            mapped[states_at + cell] = state
+            if state == HELD:
+                totals.append(self._count(cell, 1))
+        # Cells are taken from the lowest free one on, so all below the last of these are in use.
+        words[_HINT] = cell + 1
+        if cell >= words[_HIGH]:
+            words[_HIGH] = cell + 1
+        words[_DIRTY] = 0
+        return totals
+
+    def extend(self, place: Place, expires: int) -> None:
+        """The lease ends then (monotonic ns)."""
+        self.words[self._cells + place[0] * _CELL + _EXPIRES] = expires
+
+    def drop(self, cells: Collection[int]) -> None:
+        """Free these cells, whatever they are."""
+        if not cells:
+            return
+        words, mapped, states_at, requeue = self.words, self.map, self.states_at, False
+        words[_DIRTY] = 1
+        for cell in cells:
+            state = mapped[states_at + cell]
+            # Before anything else: from here on the slot is free, whatever comes.
+            mapped[states_at + cell] = FREE
+            if state == HELD:
+                self._count(cell, -1)
+            elif state == QUEUED:
+                requeue = True
+            if cell < words[_HINT]:
+                words[_HINT] = cell
+        if requeue:
+            self.rebuild()
+        words[_DIRTY] = 0
+
+    def evict(self, token: str) -> int:
+        """Take away what this token holds. The cells stay until their leases would have ended, so that all know of it."""
+        evicted = 0
+        for cell in self._used():
+            if self.map[self.states_at + cell] != HELD:
+                continue
+            if unpack_text(self.map, self.layout.cells_at + cell * CELL.size)["token"] == token:
+                self.words[Header.DIRTY] = 1
+                self.map[self.states_at + cell] = EVICTED
+                self._count(cell, -1)
+                self.words[Header.DIRTY] = 0
+                evicted += 1
+        return evicted
+
+    def drop_of(self, number: int) -> None:
+        """Free what an earlier process with this number has left."""
+        at = self._cells + Cell.OWNER
+        self.drop([cell for cell in self._used() if self.words[at + cell * Cell.WORDS] >> 32 == number])
+
+    def sweep(self, now: int, *, force: bool = False) -> bool:
+        """Free what is lapsed and what the dead held, unless somebody has just looked. Was there anything?"""
+        words = self.words
+        if not force and 0 <= now - words[Header.SWEPT] < SWEEP_EVERY:
+            return False
+        words[Header.SWEPT] = now
+        used = self._used()
+        words[Header.HIGH] = high = used[-1] + 1 if used else 0
+        start, end = self._cells, self._cells + high * Cell.WORDS
+        owners = [owner >> 32 for owner in words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
+        ends = words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
+        others = {owners[cell] for cell in used} - {self.number}
+        dead = {number for number in others if not any_alive(self.fd, number)}
+        gone = [cell for cell in used if ends[cell] <= now or owners[cell] in dead]
+        self.drop(gone)
+        words[Header.RECLAIMED] += len(gone)
+        return bool(gone)
+
+    def rebuild(self) -> None:
+        """Make all that is not the truth from what is."""
+        words, layout = self.words, self.layout
+        words[Header.DIRTY] = 1
+        self.map[layout.index_at : layout.size] = bytes(layout.size - layout.index_at)
+        words[Header.HIGH], words[Header.HINT] = layout.cells, 0
+        used = self._used()
+        queued = []
+        for cell in used:
+            state = self.map[self.states_at + cell]
+            if state == HELD:
+                self._count(cell, 1)
+            elif state == QUEUED:
+                queued.append(cell)
+        queued.sort(key=lambda cell: words[self._cells + cell * Cell.WORDS + Cell.TICKET])
+        for cell in queued:
+            self._enqueue(cell)
+        words[Header.WAITING] = len(queued)
+        words[Header.HIGH] = used[-1] + 1 if used else 0
+        words[Header.REBUILT] += 1
+        words[Header.DIRTY] = 0
+
+    # -- the index --------------------------------------------------------------------------------------------------
+
+    def _used(self) -> list[int]:
+        states = self.map[self.states_at : self.states_at + self.words[Header.HIGH]]
+        return [cell for cell, state in enumerate(states) if state]
+
+    def _entry(self, hi: int, lo: int) -> int:
+        """The word at which the entry of this semaphore is, or is to be."""
+        words, start, mask = self.words, self._index, self._mask
+        home = hi & mask
+        at = start + home * _ENTRY
+        found = words[at]
+        if not found or (found == hi and words[at + _LO] == lo):
+            return at
+        for number in range(home + 1, home + mask):
+            at = start + (number & mask) * _ENTRY
+            found = words[at]
+            if not found or (found == hi and words[at + _LO] == lo):
+                return at
+        raise self._damaged()
+
+    def _count(self, cell: int, sign: int) -> int:
+        """Add a cell's weight to its semaphore, or take it off. Returns the total. An entry that counts nobody goes."""
+        words, at = self.words, self._cells + cell * _CELL
+        hi, lo = words[at], words[at + _LO]
+        entry = self._index + (hi & self._mask) * _ENTRY
+        found = words[entry]
+        if found != hi or words[entry + _LO] != lo:
+            if found:  # another one's: look further
+                entry = self._entry(hi, lo)
+                found = words[entry]
+            if not found:
+                words[entry + _LO] = lo
+                words[entry] = hi
+        total = words[entry + _TOTAL] + sign * (words[at + _OWNER] & WEIGHT_MASK)
+        if total < 0:
+            raise self._damaged()
+        words[entry + _TOTAL] = total
+        if not total and not words[entry + _WAITING]:
+            behind = entry + _ENTRY
+            if words[behind if behind < self._index_end else self._index]:
+                self._remove(entry)
+            else:  # nobody stands behind it, and all its other words are 0
+                words[entry] = 0
+                words[entry + _LO] = 0
+        return total
+
+    def _enqueue(self, cell: int) -> None:
+        words, at = self.words, self._cells + cell * Cell.WORDS
+        entry = self._entry(words[at], words[at + Cell.LO])
+        words[at + Cell.NEXT] = 0
+        if not words[entry]:
+            words[entry + Entry.LO] = words[at + Cell.LO]
+            words[entry] = words[at]
+        tail = words[entry + Entry.TAIL]
+        if tail:
+            words[self._cells + (tail - 1) * Cell.WORDS + Cell.NEXT] = cell + 1
+        else:
+            words[entry + Entry.HEAD] = cell + 1
+        words[entry + Entry.TAIL] = cell + 1
+        words[entry + Entry.WAITING] += 1
+
+    def _remove(self, entry: int) -> None:
+        """Empty an entry, and move those up that stand behind it only because it was in their way (Knuth 6.4, R)."""
+        words, start, mask = self.words, self._index, self._mask
+        hole, width = (entry - start) // _ENTRY, _ENTRY
+        for number in range(hole + 1, hole + mask):
+            at = start + (number & mask) * width
+            home = words[at]
+            if not home:
+                break
+            if (number - (home & mask)) & mask >= (number - hole) & mask:
+                to = start + (hole & mask) * width
+                words[to : to + width] = words[at : at + width]
+                hole = number
+        else:
+            raise self._damaged()
+        to = start + (hole & mask) * width
+        words[to : to + width] = _EMPTY
+
+    def _damaged(self) -> BackendError:
+        self.words[Header.DIRTY] = 1
+        return BackendError("the host store's index was damaged; the next call makes it anew", whole=False)
+
+
+_EMPTY: Final = memoryview(bytes(Entry.WORDS * 8)).cast("Q")
+
+
+def wipe(words: memoryview[int], mapped: mmap.mmap, layout: Layout) -> None:
+    """Nobody is in flight. The first words stay, as by them the file is known for ours whenever this is cut short."""
+    mapped[16 : layout.cells_at] = bytes(layout.cells_at - 16)
+    mapped[layout.index_at : layout.size] = bytes(layout.size - layout.index_at)
+    now = monotonic_ns()
+    words[Header.CELLS], words[Header.WIPED], words[Header.TICKET] = layout.cells, now, now

@@ -1,0 +1,47 @@
+"""What the tests know of the host store's file on their own: is what can be made from the cells what they say?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from django_concurrency_mw.backends.host.layout import FREE, HELD, WEIGHT_MASK, Cell, Entry, Header
+from django_concurrency_mw.backends.host.table import Table
+
+
+def held_by_state(table: Table) -> dict[int, int]:
+    """state -> cells, without the free ones."""
+    states = bytes(table.map[table.states_at : table.states_at + table.layout.cells])
+    return {state: number for state, number in Counter(states).items() if state != FREE}
+
+
+def consistent(table: Table) -> list[str]:
+    """What is wrong with the table, nobody being inside and nobody dirty."""
+    words, plan, wrong = table.words, table.layout, []
+    states = bytes(table.map[table.states_at : table.states_at + plan.cells])
+    totals: Counter[tuple[int, int]] = Counter()
+    for cell, state in enumerate(states):
+        at = plan.cells_word + cell * Cell.WORDS
+        if state == HELD:
+            totals[words[at], words[at + Cell.LO]] += words[at + Cell.OWNER] & WEIGHT_MASK
+    found: dict[tuple[int, int], int] = {}
+    for number in range(plan.entries):
+        at = plan.index_word + number * Entry.WORDS
+        if words[at]:
+            name = (words[at], words[at + Entry.LO])
+            if name in found:
+                wrong.append(f"two entries of {name}")
+            found[name] = words[at + Entry.TOTAL]
+            if table._entry(*name) != at:
+                wrong.append(f"the entry of {name} cannot be found")
+        elif any(words[at : at + Entry.WORDS]):
+            wrong.append("an empty entry is not empty")
+    if found != dict(totals):
+        wrong.append(f"the index says {found}, the cells {dict(totals)}")
+    used = [cell for cell, state in enumerate(states) if state != FREE]
+    if words[Header.HIGH] < (used[-1] + 1 if used else 0):
+        wrong.append("HIGH is below a cell in use")
+    if FREE in states[: words[Header.HINT]]:
+        wrong.append("HINT is above a free cell")
+    if words[Header.DIRTY]:
+        wrong.append("it is dirty")
+    return wrong
