@@ -20,6 +20,8 @@ class ConcurrencyConfig(AppConfig):
         register(checks.check_policies, checks.TAG)
         register(checks.check_decorators, checks.TAG)
         register(checks.check_stores, checks.TAG)
+        register(checks.check_default_store, checks.TAG)
+        register(checks.check_deployed_store, checks.TAG, deploy=True)
         register(checks.check_middleware, checks.TAG)
         register(checks.check_api_views, checks.TAG)
         register(checks.check_addresses, checks.TAG, deploy=True)

@@ -4,7 +4,9 @@ E001 settings or policy file; E002 a store that cannot be used; E003 a dotted pa
 that names what it must not, or what is not there; E005 a store that answers, but will not do what is asked until somebody
 changes something; W001 no middleware; W002 middleware twice; W003 a limit by address that may see only a proxy's; W004 a limit
 by user on a view of Django REST framework whose user it cannot see; W005 such a view whose throttles cannot be seen; W006 a
-store that cannot be reached now; W007 a store that keeps a connection from being fenced off.
+store that cannot be reached now; W007 a store that keeps a connection from being fenced off; W008
+a default store that counts in each process; W009 a default store that counts on one machine; W010 a default name that another
+site may have.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from . import conf
+from . import backends, conf
+from .backends import DEFAULT_PREFIX, BaseBackend
+from .backends.base import settings_module
 from .decorators import limits
 from .exceptions import ConfigurationError
 from .keys import callable_of
@@ -30,6 +34,24 @@ from .policies import Policy
 
 TAG = "concurrency"
 MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
+#: The first part of a settings module's name that many projects have.
+COMMON_NAMES = frozenset(
+    {
+        "app",
+        "backend",
+        "conf",
+        "config",
+        "core",
+        "django_project",
+        "main",
+        "mysite",
+        "project",
+        "server",
+        "settings",
+        "site",
+    }
+    | {"src", "web", "website"}
+)
 #: Views that a warning names.
 LISTED = 5
 
@@ -76,14 +98,52 @@ def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     config = _config()
     if config is None:
         return []
-    stores = {}
-    for policy in (*config.table, *(made for made in _decorators(config) if isinstance(made, Policy))):
-        try:
-            store = store_of(policy, config)
-        except Exception:  # E002 has the word
-            continue
-        stores[id(store)] = store
-    return [message for store in stores.values() for message in store.check()]
+    return [message for store in _stores(config) for message in store.check()]
+
+
+def check_default_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W008: there is no store of the machine here, so what is the default counts in each process."""
+    config = _config()
+    if config is None or _backends_are_set() or backends.DEFAULT_BACKEND != "memory" or not _stores(config):
+        return []
+    return [
+        Warning(
+            "CONCURRENCY_LIMIT has no BACKENDS, and on this platform the default is 'memory': each worker process counts by "
+            "itself, so four workers let in four times a limit.",
+            hint="Use 'redis', or run one process; or say {'default': {'BACKEND': 'memory'}} if that is what you want.",
+            id="django_concurrency_mw.W008",
+        )
+    ]
+
+
+def check_deployed_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W009 and W010 (--deploy): the store `host` sees one machine, and whoever has its name shares its count."""
+    config = _config()
+    if config is None:
+        return []
+    hosts = [store.config for store in _stores(config) if store.config.backend == "host"]
+    messages: list[CheckMessage] = []
+    if hosts and not _backends_are_set():
+        messages.append(
+            Warning(
+                "CONCURRENCY_LIMIT has no BACKENDS, so the store is 'host': it counts over all processes of one machine or "
+                "container. Several of them have a count each.",
+                hint="Several machines or containers need 'redis'. Where there is one, say {'default': {'BACKEND': 'host'}}.",
+                id="django_concurrency_mw.W009",
+            )
+        )
+    module = settings_module().partition(".")[0]
+    common = not module or module in COMMON_NAMES
+    if common and any(one.key_prefix == DEFAULT_PREFIX and "path" not in one.options for one in hosts):
+        messages.append(
+            Warning(
+                f"The store 'host' counts together with every site of this user whose settings module and KEY_PREFIX are "
+                f"called the same; {module!r} and {DEFAULT_PREFIX!r} are names that another site may have.",
+                hint="Give this site a KEY_PREFIX of its own in CONCURRENCY_LIMIT['BACKENDS'].",
+                id="django_concurrency_mw.W010",
+            )
+        )
+    return messages
 
 
 def check_middleware(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -254,6 +314,22 @@ def _listed(views: Sequence[_ApiView]) -> str:
     """The names of views, the first few of many."""
     names = list(dict.fromkeys(view.name for view in views))
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _stores(config: conf.Config) -> list[BaseBackend]:
+    """Those that policies and decorators use."""
+    stores: dict[int, BaseBackend] = {}
+    for policy in (*config.table, *(made for made in _decorators(config) if isinstance(made, Policy))):
+        try:
+            store = store_of(policy, config)
+        except Exception:  # E002 has the word
+            continue
+        stores[id(store)] = store
+    return list(stores.values())
+
+
+def _backends_are_set() -> bool:
+    return bool((getattr(settings, "CONCURRENCY_LIMIT", None) or {}).get("BACKENDS"))
 
 
 def _config() -> conf.Config | None:

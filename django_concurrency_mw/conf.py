@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from django.conf import settings
 
-from .backends import BackendConfig, BaseBackend
+from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend
 from .client import TrustedProxies
 from .exceptions import ConfigurationError, Problem, shown
 from .loader import load_policies
@@ -215,10 +215,10 @@ def _header(value: Any) -> str:
 
 def _backends(value: Any) -> Mapping[str, BackendConfig]:
     if value is None:
-        return {"default": BackendConfig(alias="default", backend="memory")}
+        return {"default": BackendConfig(alias="default", backend=DEFAULT_BACKEND)}
     if not isinstance(value, Mapping) or not value:
         raise _Wrong(
-            "expected a dictionary of aliases such as {'default': {'BACKEND': 'memory'}}, got "
+            "expected a dictionary of aliases such as {'default': {'BACKEND': 'redis'}}, got "
             + ("an empty one" if isinstance(value, Mapping) else type(value).__name__)
         )
     made = _each((f"[{alias!r}]", partial(_backend, alias, entry)) for alias, entry in value.items())
@@ -232,9 +232,14 @@ def _backend(alias: Any, entry: Any) -> BackendConfig:
     if not isinstance(entry, Mapping):
         raise _Wrong(f"expected a dictionary with 'BACKEND', got {type(entry).__name__}")
     found = [(f"[{name!r}]", _unknown(name, _BACKEND_KEYS)) for name in entry if name not in _BACKEND_KEYS]
-    backend, prefix, options = entry.get("BACKEND"), entry.get("KEY_PREFIX", "concurrency"), entry.get("OPTIONS")
+    backend, prefix, options = entry.get("BACKEND"), entry.get("KEY_PREFIX", DEFAULT_PREFIX), entry.get("OPTIONS")
     if not isinstance(backend, str) or not backend:
-        found.append(("['BACKEND']", f"expected 'memory' or a dotted path to a BaseBackend, got {_said(backend)}"))
+        found.append(
+            (
+                "['BACKEND']",
+                f"expected 'host', 'memory', 'redis' or a dotted path, got {_said(backend)}",
+            )
+        )
     if not isinstance(prefix, str) or not prefix:
         found.append(("['KEY_PREFIX']", f"expected text, got {_said(prefix)}"))
     if options is not None and not isinstance(options, Mapping):

@@ -46,6 +46,12 @@ HOST = "127.0.0.1"
 
 AT_ONCE = 24  # requests of one burst; below the threads of one gunicorn worker, so that they truly run at once
 THREADS = 32
+PROCESSES = 2  # of each server, and each of them may get any request
+#: What a store counts, for the first line.
+SAYS = {
+    "host": "one count for all processes of this machine and nothing to install; ",
+    "memory": "one count per process; ",
+}
 HOLD = 0.5  # seconds that a view takes
 START_WITHIN = 20.0
 LET_GO_WITHIN = 2.0
@@ -524,7 +530,7 @@ def sections(both: bool, processes: int) -> list[Section]:
     if both:
         title = f"gunicorn {processes}x{THREADS} and uvicorn x{processes}, one Redis"
         return [Section(title, {"gunicorn": "gunicorn", "uvicorn": "uvicorn"}, for_both)]
-    wsgi, asgi = f"gunicorn (WSGI, gthread, {THREADS} threads)", "uvicorn (ASGI)"
+    wsgi, asgi = f"gunicorn (WSGI, gthread, {processes} x {THREADS} threads)", f"uvicorn (ASGI, {processes} processes)"
     return [Section(wsgi, {"gunicorn": wsgi}, for_wsgi), Section(asgi, {"uvicorn": asgi}, for_asgi)]
 
 
@@ -534,9 +540,9 @@ def run(console: Console, directory: Path, both: bool) -> list[str]:
 
     prepare(directory)
     store = conf.current().backends["default"].backend
-    processes = 1 if store == "memory" else 2  # what one process counts, another does not see
+    processes = 1 if store == "memory" else PROCESSES  # what one process counts, another does not see
     number = f"{processes} process{'es' if processes > 1 else ''}"
-    console.print(f"store: [bold]{store}[/], {number}{' of each server' if both else ''}\n")
+    console.print(f"store: [bold]{store}[/], {SAYS.get(store, '')}{number} of each server\n")
     utf8 = console.encoding.startswith("utf")
     marks = ("✓", "✗") if utf8 else ("ok", "NO")
     faults: list[str] = []

@@ -17,7 +17,7 @@ from django.core.management.base import SystemCheckError
 from django.http import HttpRequest, HttpResponse
 
 import django_concurrency_mw
-from django_concurrency_mw import checks, concurrency_limit
+from django_concurrency_mw import backends, checks, concurrency_limit, conf
 from django_concurrency_mw.backends import BaseBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.decorators import limits as all_limits
@@ -252,6 +252,49 @@ def test_a_store_in_use_says_its_own_once(limits: Limits, decorate: Callable[...
     view = decorate(key="global", max_concurrent=1, backend="chatty") if by in ("decorator", "both") else None
     assert ids() == ([] if by == "nobody" else ["chatty.I001"])
     del view
+
+
+@pytest.mark.parametrize("by", ["table", "decorator", "nobody"])
+@pytest.mark.parametrize("platform", ["linux", "other"])
+def test_w008_and_w009_a_default_store_counts_in_a_process_or_on_a_machine(
+    limits: Limits,
+    decorate: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    by: str,
+) -> None:
+    for place in (backends, conf):
+        monkeypatch.setattr(place, "DEFAULT_BACKEND", "host" if platform == "linux" else "memory")
+    limits(everything() if by == "table" else None, BACKENDS=None, TRUSTED_PROXIES=["10.0.0.0/8"])
+    view = decorate(key="global", max_concurrent=1) if by == "decorator" else None
+    expected = [] if by == "nobody" else ["W009"] if platform == "linux" else ["W008"]
+    assert ids(deploy=True) == expected
+    assert ids() == [id for id in expected if id == "W008"]
+    limits(everything(), BACKENDS={"default": {"BACKEND": "host"}}, TRUSTED_PROXIES=["10.0.0.0/8"])
+    assert ids(deploy=True) == []
+    del view
+
+
+@pytest.mark.parametrize(
+    ("module", "backend", "warns"),
+    [
+        ("config.settings", {}, True),
+        ("mysite.settings.production", {}, True),
+        ("settings", {}, True),
+        ("", {}, True),
+        ("shop_of_alice.settings", {}, False),
+        ("config.settings", {"KEY_PREFIX": "shop"}, False),
+        ("config.settings", {"OPTIONS": {"path": "/dev/shm/shop"}}, False),
+        ("config.settings", {"BACKEND": "memory"}, False),
+    ],
+)
+def test_w010_a_name_that_another_site_may_have(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch, module: str, backend: dict[str, Any], warns: bool
+) -> None:
+    limits(everything(), BACKENDS={"default": {"BACKEND": "host", **backend}}, TRUSTED_PROXIES=["10.0.0.0/8"])
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", module)
+    assert ids(deploy=True) == (["W010"] if warns else [])
+    assert ids() == []
 
 
 def test_ids_are_unique_and_explained() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,16 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             "BACKENDS",
             {},
             "",
-            "expected a dictionary of aliases such as {'default': {'BACKEND': 'memory'}}, got an empty one",
+            "expected a dictionary of aliases such as {'default': {'BACKEND': 'redis'}}, got an empty one",
         ),
         ("BACKENDS", "memory", "", "got str"),
         ("BACKENDS", {"": {"BACKEND": "memory"}}, "['']", "expected an alias as text, got ''"),
-        ("BACKENDS", {"default": {}}, "['default']['BACKEND']", "expected 'memory' or a dotted path to a BaseBackend"),
+        ("BACKENDS", {"default": {}}, "['default']['BACKEND']", "expected 'host', 'memory', 'redis' or a dotted path"),
         (
             "BACKENDS",
             {"default": {"BACKEND": MemoryBackend}},
             "['default']['BACKEND']",
-            "expected 'memory' or a dotted",
+            "expected 'host', 'memory', 'redis' or a dotted",
         ),
         ("BACKENDS", {"default": {"BACKEND": "memory", "OPTIONS": []}}, "['default']['OPTIONS']", "got list"),
         ("POLICIES", 5, "", "expected a path or a dictionary, got int"),
@@ -152,7 +153,7 @@ def test_a_long_value_makes_a_short_message() -> None:
 def test_the_defaults() -> None:
     config = conf.compile_settings({})
     assert config.enabled is True
-    assert config.backends == {"default": BackendConfig("default", "memory")}
+    assert config.backends == {"default": BackendConfig("default", "host" if sys.platform == "linux" else "memory")}
     assert config.on_backend_error == "local"
     assert (config.trusted.networks, config.trusted.unix) == ((), False)
     assert config.client_header == "HTTP_X_FORWARDED_FOR"
@@ -277,8 +278,8 @@ class NoStore:
 
 
 UNUSABLE: list[tuple[Any, str, str]] = [
-    ({"default": {"BACKEND": "host"}}, "default", r"'host' is not carried out by this version .*yet"),
-    ({"default": {"BACKEND": "memory"}}, "host", r"'host' is not carried out by this version .*yet"),
+    ({"default": {"BACKEND": "hots"}}, "default", r"'hots' cannot be loaded.*did you mean 'host'"),
+    ({"default": {"BACKEND": "host", "OPTIONS": {"slot": 64}}}, "default", r"\['OPTIONS'\].*did you mean 'slots'"),
     ({"default": {"BACKEND": "memory"}}, "other", r"unknown backend 'other'"),
     ({"first": {"BACKEND": "memory"}}, "default", r"unknown backend 'default'.*'first'"),
     ({"default": {"BACKEND": "memroy"}}, "default", r"\['default'\]\['BACKEND'\].*'memroy'"),
