@@ -657,10 +657,14 @@ def test_a_garbage_collection_may_ask_while_it_is_counted(monkeypatch: pytest.Mo
     enter(store, policy("first"))
     monkeypatch.setattr(leases, "_all_held", collecting)
     outer: list[tuple[Lease, Verdict]] = []
+    gc.disable()  # nobody else's collection may come first
     leave_garbage()
     counts = threading.Thread(target=lambda: outer.append(enter(store, policy("outer"))), daemon=True)
-    counts.start()
-    counts.join(5)
+    try:
+        counts.start()
+        counts.join(5)
+    finally:
+        gc.enable()
     assert not counts.is_alive()
     assert [state(verdict) for _, verdict in inner + outer] == ["local", "local"]
     assert marks == [2, 1]  # whoever still counts is still seen to
