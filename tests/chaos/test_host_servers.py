@@ -45,7 +45,7 @@ def own_settings(folder: Path, base: str) -> dict[str, str]:
     return {"DJANGO_SETTINGS_MODULE": name, "PYTHONPATH": f"{ROOT}:{folder}"}
 
 
-@pytest.mark.parametrize("kind", KINDS if LONG else ["sync", "async-stream"])
+@pytest.mark.parametrize("kind", KINDS if LONG else ["sync"])
 @pytest.mark.parametrize("names", list(SERVERS.values()), ids=list(SERVERS))
 def test_one_cap_holds_over_all_workers(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
     log = tmp_path / "gauge"
