@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -59,6 +60,26 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_files_left() -> Iterator[None]:
+    """A file of the host store stays until the machine goes down; of sites that only tests have, none is left."""
+    if sys.platform != "linux":
+        yield
+        return
+    from django_concurrency_mw.backends.host.layout import PROCESSES
+    from django_concurrency_mw.backends.host.locking import any_alive
+
+    def files() -> set[Path]:
+        return set(Path("/dev/shm").glob(f"concurrency-{os.geteuid()}-*"))
+
+    before = files()
+    yield
+    for file in files() - before:
+        with contextlib.suppress(FileNotFoundError), file.open("r+b") as opened:
+            if not any_alive(opened.fileno(), 0, PROCESSES):
+                file.unlink()
 
 
 @pytest.fixture(autouse=True)
