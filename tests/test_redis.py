@@ -32,7 +32,7 @@ from django_concurrency_mw.tokens import new_token
 
 from .proxy import Proxy, between
 from .redis_server import RedisServer
-from .support import exit_code, wait_until
+from .support import await_until, exit_code, wait_until
 
 _numbers = count()
 
@@ -520,6 +520,42 @@ class TestLoops:
         assert wait_until(lambda: redis_server.sockets() <= before)
         assert len(store._muxes) <= 1
         assert drained(redis_server, prefix)
+
+    @pytest.mark.parametrize("when", ["it has just connected", "it is just told to try again"])
+    def test_a_loop_that_ends_at_any_moment_is_not_held_up(
+        self, store: RedisBackend, redis_server: RedisServer, when: str
+    ) -> None:
+        """The cancel comes in the very step in which what the connection waits for is there."""
+
+        async def main() -> None:
+            await store.atake([slot(limit=5)])
+            (mux,) = store._muxes.values()
+            owner, greet = mux._owner, mux._greet
+            assert owner is not None
+
+            async def greeted(conn: Any, work: Any) -> Any:
+                reply = await greet(conn, work)
+                if when == "it has just connected":
+                    mux.loop.call_soon(owner.cancel)
+                return reply
+
+            mux._greet = greeted  # type: ignore[method-assign]  # to know when
+            if when == "it is just told to try again":
+                mux._failed = lambda *args, **kwargs: setattr(mux, "_next_try", mux.loop.time() + 60)  # type: ignore[method-assign]
+            waiting = asyncio.ensure_future(store.atake([slot(limit=5)]))
+            await asyncio.sleep(0)
+            await mux._conn.disconnect(nowait=True)
+            if when == "it is just told to try again":
+                assert await await_until(lambda: mux._next_try > mux.loop.time())
+                await asyncio.sleep(0.01)
+                mux.retry_now()
+                await asyncio.sleep(0)
+                owner.cancel()
+            done, _ = await asyncio.wait([owner], timeout=2)
+            assert done == {owner}
+            await asyncio.wait([waiting], timeout=2)
+
+        asyncio.run(main())
 
     def test_a_loop_that_ends_at_once_leaves_its_releases_to_the_next_connection(
         self, through_proxy: RedisBackend, proxy: Proxy, redis_server: RedisServer, prefix: str

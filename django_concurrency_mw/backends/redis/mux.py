@@ -208,10 +208,12 @@ class Mux:
 
     async def _pause(self) -> None:
         self._hurry.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            left = self._next_try - self.loop.time()
-            if left > 0:
-                await asyncio.wait_for(self._hurry.wait(), left)
+        left = self._next_try - self.loop.time()
+        if left > 0:
+            # Not wait_for: that of Python 3.11 may swallow the cancel by which the loop ends, which then waits for us for ever.
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._hurry.wait()
 
     def retry_now(self) -> None:
         """Somebody else has reached the server."""
@@ -252,7 +254,8 @@ class Mux:
         conn = None
         try:
             conn = self._recipe.async_class(**self._recipe.async_keywords)
-            refused = await asyncio.wait_for(self._greet(conn, work), self._timeout)
+            async with asyncio.timeout(self._timeout):  # not wait_for: see _pause
+                refused = await self._greet(conn, work)
         except BaseException:
             self._leftovers.put_back(work)
             self._leftovers.remind()
