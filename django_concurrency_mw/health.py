@@ -35,7 +35,7 @@ def before_recovery(call: Callable[[BaseBackend], None]) -> None:
 
 def failed(store: BaseBackend, raised: BaseException, began: float) -> None:
     """The store failed a call that began at this monotonic second. Only notes it: a thread of its own does the rest."""
-    error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
+    error = _exception(raised)
     if isinstance(error, BackendError) and not error.whole:
         _say_of_one_call(store, error)
         return
@@ -107,12 +107,16 @@ def _carefully(store: BaseBackend, call: Callable[[], object]) -> None:
 
 def _instead(store: BaseBackend, raised: BaseException, said: set[str]) -> None:
     """What is wrong now may be something else than at first, and not go away: a password, a permission."""
-    error = raised if isinstance(raised, Exception) else BackendError(repr(raised))
+    error = _exception(raised)
     with _changing:
         store.failure = error
     if _cure(error) not in said:
         said.add(_cure(error))
         _carefully(store, lambda: logger.error("backend %s fails still: %r%s", store.config.alias, error, _cure(error)))
+
+
+def _exception(raised: BaseException) -> Exception:
+    return raised if isinstance(raised, Exception) else BackendError(repr(raised))
 
 
 def _cure(error: Exception) -> str:

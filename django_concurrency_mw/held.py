@@ -50,9 +50,13 @@ class Held:
         #: `slot_acquired` was sent, so `slot_released` will be.
         self.announced = False
         self.since = monotonic()
-        self.ends = self.since + slot.ttl
-        #: When it wants to be renewed, or registered.
-        self.due = self.since + slot.ttl * RENEW_AFTER if policy.renew else NEVER
+        #: `ends`, and `due`: when it wants to be renewed, or registered.
+        self.extended(self.since, slot.ttl)
+
+    @property
+    def in_store(self) -> bool:
+        """May the store count it? Then it is to be given back there."""
+        return not self.local or self.maybe
 
     @property
     def last(self) -> float:

@@ -37,8 +37,6 @@ REGISTER_AFTER = 0.1
 _counting = threading.RLock()
 #: id -> what this process holds in a store's stead; those that are over are dropped at the next look.
 _stand_ins: dict[int, tuple[Lease, Held]] = {}
-
-
 #: Not empty while somebody counts.
 _standing_in: list[bool] = []
 
@@ -186,9 +184,7 @@ class Lease:
             return
         while groups:
             store, group = groups[0]
-            asked = [
-                held for held in group if not held.local or held.maybe
-            ]  # once: the keeper may register one at any moment
+            asked = [held for held in group if held.in_store]  # once: the keeper may register one at any moment
             try:
                 reply: Sequence[bool] | StoreFailed = ()
                 if asked:
@@ -274,5 +270,5 @@ def _all_held() -> Iterator[Held]:
 
 def _give_later(group: Sequence[Held]) -> None:
     """Leave these to the keeper."""
-    for store, some in by_store([held for held in group if not held.local or held.maybe]):
+    for store, some in by_store([held for held in group if held.in_store]):
         keeper.give_later(store, [held.slot for held in some], max(held.ends for held in some))

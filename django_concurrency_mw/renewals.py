@@ -153,7 +153,9 @@ def _restore(store: Any, pairs: Sequence[Pair]) -> None:
         else:
             _gone(held)
     if lost:
-        logger.warning("backend %s had lost %d holders that still run; they are counted again", _alias(store), lost)
+        logger.warning(
+            "backend %s had lost %d holders that still run; they are counted again", store.config.alias, lost
+        )
     _give_what_ended(store, [pair for pair, back in zip(asked, reply, strict=True) if back])
 
 
@@ -170,8 +172,8 @@ def _give_what_ended(store: Any, pairs: Sequence[Pair]) -> None:
 
 
 def _gone(held: Held) -> None:
-    held.lost, held.due = True, NEVER
-    notices.lost(held.policy, monotonic() - held.since, max(0.0, monotonic() - held.ends))
+    held.lost, held.due, now = True, NEVER, monotonic()
+    notices.lost(held.policy, now - held.since, max(0.0, now - held.ends))
 
 
 def _again(group: Iterable[Held], now: float) -> None:
@@ -185,7 +187,3 @@ def _soon(held: Held) -> float:
 
 def _seconds(held: Held, now: float) -> float:
     return min(held.slot.ttl if not held.policy.renew else held.policy.ttl, held.last - now)
-
-
-def _alias(store: Any) -> str:
-    return str(store.config.alias)

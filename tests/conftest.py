@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 
 from django_concurrency_mw import backends
 
+from .proxy import Proxy
 from .redis_server import RedisServer
 from .support import limits
 
@@ -25,6 +27,7 @@ if os.environ.get("CI"):
     hypothesis_settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
+_numbers = count()
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -60,6 +63,20 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A KEY_PREFIX that no other test has."""
+    return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
+    """A bad network before that server."""
+    proxy = Proxy(redis_server.port)
+    yield proxy
+    proxy.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -34,24 +33,10 @@ from .proxy import Proxy, between
 from .redis_server import RedisServer
 from .support import await_until, exit_code, wait_until
 
-_numbers = count()
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"test-{os.getpid()}-{next(_numbers)}"
-
 
 @pytest.fixture
 def store(redis_server: RedisServer, prefix: str) -> Iterator[RedisBackend]:
     yield from made(redis_server.url, prefix)
-
-
-@pytest.fixture
-def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
-    proxy = Proxy(redis_server.port)
-    yield proxy
-    proxy.stop()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from time import monotonic
 from typing import Any
 
@@ -41,8 +40,6 @@ from .test_health import told as told
 from .test_renewals import look, only
 from .test_steps import drive as drive
 
-_numbers = count()
-
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,11 +53,6 @@ def server() -> Iterator[RedisServer]:
     server = RedisServer("--lua-time-limit", "10")
     yield server
     server.stop()
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"errors-{next(_numbers)}"
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from time import monotonic
 from typing import Any
 
@@ -40,19 +38,6 @@ from .support import await_until, wait_until
 
 REDIS = "django_concurrency_mw.backends.redis"
 Make = Callable[..., RedisBackend]
-_numbers = count()
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"recovery-{os.getpid()}-{next(_numbers)}"
-
-
-@pytest.fixture
-def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
-    proxy = Proxy(redis_server.port)
-    yield proxy
-    proxy.stop()
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import sys
 import threading
 from collections.abc import Mapping
 from typing import Final
@@ -13,7 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from ..exceptions import did_you_mean
-from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder
+from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder, has_host
 
 __all__ = [
     "DEFAULT_BACKEND",
@@ -33,7 +31,7 @@ SHORT_NAMES: Final[Mapping[str, str]] = {
     "redis": "django_concurrency_mw.backends.redis.store.RedisBackend",
 }
 #: What a site has that names no store: one count over all processes of the machine, where the platform has that.
-DEFAULT_BACKEND: Final = "host" if sys.platform == "linux" and struct.calcsize("P") == 8 else "memory"
+DEFAULT_BACKEND: Final = "host" if has_host() else "memory"
 #: Names that are part of the public face, but whose store this version does not have.
 LATER: Final[frozenset[str]] = frozenset()
 
@@ -84,7 +82,7 @@ def snapshot_all() -> list[Holder]:
 
 
 def _load(config: BackendConfig) -> BaseBackend:
-    place = f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['BACKEND']"
+    place = f"{config.place}['BACKEND']"
     if config.backend in LATER:
         raise ImproperlyConfigured(
             f"{place}: {config.backend!r} is not carried out by this version of django_concurrency_mw yet; use 'memory'"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,11 @@ class Restore(NamedTuple):
     slot: Slot
     seconds: float
     until: float
+
+
+def has_host() -> bool:
+    """Can the store `host` be used on this platform?"""
+    return sys.platform == "linux" and struct.calcsize("P") == 8
 
 
 def settings_module() -> str:
@@ -65,6 +72,11 @@ class BackendConfig:
     location: Any = None
     key_prefix: str = DEFAULT_PREFIX
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Where it stands in the settings, for messages."""
+        return f"CONCURRENCY_LIMIT['BACKENDS'][{self.alias!r}]"
 
 
 class BaseBackend(ABC):
@@ -153,7 +165,7 @@ class BaseBackend(ABC):
 
 def check_message(store: BaseBackend, error: Exception, hint: str) -> CheckMessage:
     """What a check says of a store that cannot be used: an error with its cure, or a warning with this hint."""
-    place = f"CONCURRENCY_LIMIT['BACKENDS'][{store.config.alias!r}]"
+    place = store.config.place
     if isinstance(error, PermanentBackendError):
         cure = f"{error.cure[:1].upper()}{error.cure[1:]}."
         return Error(f"{place}: {error}", hint=cure, id="django_concurrency_mw.E005")

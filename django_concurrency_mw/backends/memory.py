@@ -83,7 +83,7 @@ class MemoryBackend(BaseBackend):
         super().__init__(config)
         if config.options:
             raise ImproperlyConfigured(
-                f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['OPTIONS']: the memory store has no options, "
+                f"{config.place}['OPTIONS']: the memory store has no options, "
                 f"got {', '.join(sorted(map(repr, config.options)))}"
             )
         self._forget()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import Full, Slot, Taken, TakeReply
-from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message
+from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message, has_host
 from .access import Access, Inside
 from .layout import DEFAULT_CELLS, EVICTED, FEWEST_CELLS, FREE, HELD, MOST_CELLS, Layout, Named, named, rounded
 from .opening import default_path
@@ -41,8 +40,8 @@ class HostBackend(BaseBackend):
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
-        place = f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]"
-        if sys.platform != "linux" or struct.calcsize("P") != 8:
+        place = config.place
+        if not has_host():
             raise ImproperlyConfigured(
                 f"{place}['BACKEND']: the host store needs 64-bit Linux, and this is {sys.platform}; use 'memory' or 'redis'"
             )

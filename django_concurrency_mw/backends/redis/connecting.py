@@ -53,7 +53,7 @@ class Recipe:
     """
 
     def __init__(self, config: BackendConfig) -> None:
-        place = f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]"
+        place = config.place
         location = DEFAULT_LOCATION if config.location is None else config.location
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(

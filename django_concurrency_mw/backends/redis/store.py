@@ -55,7 +55,7 @@ class RedisBackend(BaseBackend):
         super().__init__(config)
         if "{" in config.key_prefix or "}" in config.key_prefix:
             raise ImproperlyConfigured(
-                f"CONCURRENCY_LIMIT['BACKENDS'][{config.alias!r}]['KEY_PREFIX']: braces are the store's own "
+                f"{config.place}['KEY_PREFIX']: braces are the store's own "
                 f"(the hash tag of a Cluster), got {config.key_prefix!r}"
             )
         self._recipe = Recipe(config)
@@ -192,9 +192,7 @@ class RedisBackend(BaseBackend):
             self._lines.close()
         if unknown:
             hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
-            message = (
-                f"CONCURRENCY_LIMIT['BACKENDS'][{self.config.alias!r}]: the server does not tell a connection who it is"
-            )
+            message = f"{self.config.place}: the server does not tell a connection who it is"
             return [Warning(message, hint=hint, id="django_concurrency_mw.W007")]
         return []
 

@@ -34,16 +34,11 @@ class Script:
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
         self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}
 
-    @property
-    def head(self) -> bytes:
-        """EVAL and the text, packed."""
-        return self._heads[True]
-
-    def call(self, keys: Sequence[bytes], arguments: Sequence[bytes], each: int, *, whole: bool) -> bytes:
-        """The packed call; `whole` sends the text itself. Keys are packed, arguments too, `each` of them per key."""
+    def call(self, keys: Sequence[bytes], arguments: Sequence[bytes], count: int, *, whole: bool) -> bytes:
+        """The packed call; `whole` sends the text itself. Keys are packed, arguments too, `count` of them in all."""
         number = bulk(b"%d" % len(keys))
         return b"*%d\r\n%b%b%b%b" % (
-            3 + len(keys) * (1 + each),
+            3 + len(keys) + count,
             self._heads[whole],
             number,
             b"".join(keys),
@@ -98,7 +93,7 @@ class Keys:
             arguments.append(
                 b"$%d\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n%b" % (len(limit), limit, len(lease), lease, slot.block, holder)
             )
-        return TAKE.call(keys, arguments, 4, whole=whole)
+        return TAKE.call(keys, arguments, 4 * len(keys), whole=whole)
 
     def renew(self, slots: Sequence[tuple[Slot, float]], *, whole: bool = False) -> bytes:
         """The one command that renews all of them."""
@@ -108,7 +103,7 @@ class Keys:
             b"%b%b" % (bulk(b"%d" % milliseconds(seconds)), holder)
             for (_, seconds), (_, holder) in zip(slots, names, strict=True)
         ]
-        return RENEW.call(keys, arguments, 2, whole=whole)
+        return RENEW.call(keys, arguments, 2 * len(keys), whole=whole)
 
     def restore(self, holders: Sequence[tuple[Slot, float, int]], within: int) -> bytes:
         """The one command that counts all of them again: each for so many seconds, and not after that ms of the server's clock;
@@ -118,15 +113,8 @@ class Keys:
             b"%b%b%b%b" % (bulk(b"%d" % until), bulk(b"%d" % milliseconds(seconds)), holder, bulk(slot.token.encode()))
             for (slot, seconds, until), (_, holder) in zip(holders, names, strict=True)
         ]
-        # The tombstones are one more key, which has no arguments.
-        return b"*%d\r\n%b%b%b%b%b" % (
-            3 + len(names) * 5 + 2,
-            RESTORE.head,
-            bulk(b"%d" % (len(names) + 1)),
-            b"".join(key for key, _ in names),
-            bulk(self.tombstones),
-            b"".join([*arguments, bulk(b"%d" % within)]),
-        )
+        keys = [*[key for key, _ in names], bulk(self.tombstones)]
+        return RESTORE.call(keys, [*arguments, bulk(b"%d" % within)], 4 * len(names) + 1, whole=True)
 
     def give(self, slots: Sequence[Slot]) -> list[Release]:
         """One ZREM each, which is of use until the lease has ended by itself."""
