@@ -42,9 +42,9 @@ def failed(store: BaseBackend, raised: BaseException, began: float) -> None:
     with _changing:
         if store.failure is not None or began < _recovered.get(store, 0.0):  # known, or an old story
             return
-        _down.add(store)
-        store.failure = error
         thread = threading.Thread(target=_mend, args=(weakref.ref(store), error), name="concurrency-probe", daemon=True)
+        _probes[store] = thread
+        store.failure = error
         try:
             thread.start()
         except RuntimeError:  # the process ends
@@ -72,7 +72,6 @@ def _mend(known: weakref.ref[BaseBackend], error: Exception) -> None:
     with _changing:
         _recovered[store] = monotonic()
         store.failure = None
-        _down.discard(store)
     _tell(store, None)
 
 
@@ -140,8 +139,8 @@ def _say_of_one_call(store: BaseBackend, error: BackendError) -> None:
     )
 
 
-#: The stores whose breaker is open.
-_down: weakref.WeakSet[BaseBackend] = weakref.WeakSet()
+#: The thread of each store that failed in this process: it probes while the breaker is open, and ends with its last word.
+_probes: weakref.WeakKeyDictionary[BaseBackend, threading.Thread] = weakref.WeakKeyDictionary()
 #: When it was closed last.
 _recovered: weakref.WeakKeyDictionary[BaseBackend, float] = weakref.WeakKeyDictionary()
 _said: weakref.WeakKeyDictionary[BaseBackend, set[type]] = weakref.WeakKeyDictionary()
@@ -153,9 +152,9 @@ def _forked() -> None:
     """The threads that probe are the parent's; and one that is not in the child may have held the lock."""
     global _changing
     _changing = threading.RLock()
-    for store in list(_down):
+    for store in list(_probes):
         store.failure = None
-    _down.clear()
+    _probes.clear()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -36,9 +36,8 @@ class Proxy:
         self.sent: list[bytes] = []
         self.record = False
         self._loop = asyncio.new_event_loop()
-        self._writers: set[asyncio.StreamWriter] = set()
         self._clients: set[asyncio.StreamWriter] = set()
-        #: For the end: one that is closed with something still to send would stay open.
+        #: One that is closed with something still to send would stay open.
         self._ever: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
@@ -89,8 +88,13 @@ class Proxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Not a coroutine: cancelled before its first step it would know nothing of the connection.
         self.connections += 1
+        self._ever.add(writer)
+        self._keep(self._connect(reader, writer))
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
             writer.transport.abort()
             return
@@ -101,8 +105,7 @@ class Proxy:
             if not isinstance(error, OSError):
                 raise
             return
-        self._writers |= {writer, upstream_writer}
-        self._ever |= {writer, upstream_writer}
+        self._ever.add(upstream_writer)
         self._clients.add(writer)
         self._keep(self._pump(reader, upstream_writer, False))
         self._keep(self._pump(upstream_reader, writer, True))
@@ -147,7 +150,6 @@ class Proxy:
             delivering.cancel()
         finally:
             writer.close()
-            self._writers.discard(writer)
 
     async def _cut_clients(self) -> None:
         clients, self._clients = self._clients, set()
@@ -169,7 +171,6 @@ class Proxy:
     async def _cut(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        for writer in list(self._writers):
+        for writer in list(self._ever):
             writer.transport.abort()
-        self._writers.clear()
         await asyncio.sleep(0)

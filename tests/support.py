@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from time import monotonic, sleep
@@ -15,6 +14,8 @@ import pytest
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
+
+from django_concurrency_mw import health
 
 from .views import Deliberate, held, switch
 
@@ -181,7 +182,6 @@ def works_again(store: Any, seconds: float = 5.0) -> bool:
     """Is it left alone no more within that time? Then all that is said of it is said."""
     if not wait_until(lambda: store.failure is None, seconds):
         return False
-    for thread in threading.enumerate():
-        if thread.name == "concurrency-probe":
-            thread.join(0.3)
+    if (probe := health._probes.get(store)) is not None:
+        probe.join(seconds)
     return True

@@ -308,7 +308,7 @@ class TestTheBreaker:
         before = len(store.probed)
         pid = os.fork()
         if pid == 0:
-            closed = store.works() and store not in health._down
+            closed = store.works() and store not in health._probes
             store.asked = 0
             site.state(store)
             opened = store.asked == 1 and not store.works()

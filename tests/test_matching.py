@@ -16,7 +16,7 @@ from django.http import HttpRequest, HttpResponse
 from django.test import Client, RequestFactory, override_settings
 from django.utils import translation
 
-from django_concurrency_mw import conf
+from django_concurrency_mw import conf, health
 from django_concurrency_mw.backends import BaseBackend
 from django_concurrency_mw.backends.base import PROBE, BackendConfig
 from django_concurrency_mw.backends.memory import MemoryBackend
@@ -25,7 +25,7 @@ from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.outcomes import Slot, TakeReply
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, named, nothing_held, run_async, stores_work, wait_until
+from .support import OURS, Limits, named, nothing_held, run_async, stores_work, wait_until, works_again
 from .views import Deliberate, held, switch
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -358,16 +358,19 @@ class Local(MemoryBackend):
 
 
 @pytest.fixture
-def stores() -> Iterator[dict[str, Any]]:
+def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """BACKENDS with a local store and a remote one, new in each test; none is asked for by another one's settings."""
     Switchable.down = None
     Switchable.asked.clear()
+    monkeypatch.setattr(health, "PROBE_EVERY", 0.02)
     prefix = f"stores-{next(_numbers)}"
     yield {
         "default": {"BACKEND": named(Local), "KEY_PREFIX": prefix},
         "remote": {"BACKEND": named(Switchable), "KEY_PREFIX": prefix},
     }
     Switchable.down = None
+    for store in list(health._probes):
+        assert not isinstance(store, Switchable) or works_again(store)
 
 
 class Inside:

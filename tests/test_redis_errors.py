@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import shutil
@@ -223,7 +224,7 @@ def loading(server: RedisServer) -> Iterator[str]:
     loaded = threading.Event()
 
     def serve(connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(ConnectionResetError):
             while not loaded.is_set() and (data := connection.recv(65536)):
                 # Each command has one line that begins with a star.
                 stars = sum(line.startswith(b"*") for line in data.split(b"\r\n"))

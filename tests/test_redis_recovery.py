@@ -536,6 +536,8 @@ class TestErrorsThatNobodyExpects:
         with keeper._working:
             assert {before, behind} <= set(store._lines._free)
             assert broken not in store._lines._free
+        del broken.conn.read_response, broken.conn.send_packed_command  # whoever closes it may want them
+        broken.conn.disconnect()
 
     def test_what_is_asked_by_hand_fails_as_a_store_that_is_away(self, make: Make) -> None:
         nobody = make(f"redis://127.0.0.1:{free_port()}/0")

@@ -557,10 +557,10 @@ class TestBreaker:
                 thread.start()
                 thread.join()
 
-        class Down(weakref.WeakSet[BaseBackend]):
-            def add(self, item: BaseBackend) -> None:
+        class Probes(weakref.WeakKeyDictionary[BaseBackend, threading.Thread]):
+            def __setitem__(self, store: BaseBackend, thread: threading.Thread) -> None:
                 fork_elsewhere("before it is noted")
-                super().add(item)
+                super().__setitem__(store, thread)
                 fork_elsewhere("after it is noted")
 
         class Probe(threading.Thread):
@@ -569,7 +569,7 @@ class TestBreaker:
                     fork_elsewhere("when the thread starts")
                 super().start()
 
-        monkeypatch.setattr(health, "_down", Down())
+        monkeypatch.setattr(health, "_probes", Probes())
         monkeypatch.setattr(threading, "Thread", Probe)
         health.failed(store, BackendError("down"), monotonic())
         assert exit_code(children[0]) == 0

@@ -26,9 +26,12 @@ SERVERS = {
 def test_a_renewed_lease_holds_the_cap_beside_a_busy_neighbour(
     server: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    """Views of 4 s under `ttl: 1`, 64 clients, and one more request that spins in Python all the while."""
+    """Views of 4 s under `ttl: 1`, 64 clients, and one more request that spins in Python all the while.
+
+    In the short run `ttl: 2`: on a machine that others keep busy too, a heartbeat of a third of a second may come late.
+    """
     name, *options = SERVERS[server]
-    with chaos_site(name, redis_server, tmp_path, *options, ttl=1) as site:
+    with chaos_site(name, redis_server, tmp_path, *options, ttl=1 if LONG else 2) as site:
         busy = threading.Thread(target=lambda: get(site.port, "/spin/?for=9000"), daemon=True)
         busy.start()
         statuses = crowd(site.port, f"{site.view}?for=4000", 64, 6)

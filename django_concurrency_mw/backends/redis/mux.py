@@ -203,7 +203,8 @@ class Mux:
                     await asyncio.wait([self._reading])
                 await self._farewell(conn)
                 self._conn = None
-                await conn.disconnect(nowait=True)
+                # To close it properly takes TLS a round trip, which an ending loop does not wait for.
+                await _hang_up(conn)
             self._owner = None
 
     async def _pause(self) -> None:
