@@ -105,18 +105,16 @@ class MemoryBackend(BaseBackend):
             if not alone:
                 raise BackendError("a take inside another one, from a garbage collection", whole=False)
             self._drop_late()
-            full = [slot.block and not self._fits(slot, now) for slot in slots]
+            held = [self._fits(slot, now) for slot in slots]
+            full = [slot.block and not fits for slot, fits in zip(slots, held, strict=True)]
             if True in full:
                 return Full(tuple(full), tuple(self._count(slot.semaphore) for slot in slots))
-            held, in_flight = [], []
-            for slot in slots:
-                got = slot.block or self._fits(slot, now)
-                if got:
+            for slot, fits in zip(slots, held, strict=True):
+                if fits:
                     self._hold(slot, now, now + slot.ttl)
-                held.append(got)
-                in_flight.append(self._count(slot.semaphore))
+            in_flight = tuple(self._count(slot.semaphore) for slot in slots)
             self._drop_late()
-        return Taken(tuple(held), tuple(in_flight))
+        return Taken(tuple(held), in_flight)
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return self.take(slots)
@@ -193,9 +191,12 @@ class MemoryBackend(BaseBackend):
         if semaphore is None:
             semaphore = self._semaphores[slot.semaphore] = _Semaphore()
             self._most = max(self._most, len(self._semaphores))
-        if slot.token not in semaphore:
+        held = semaphore.get(slot.token)
+        if held is None:
             semaphore[slot.token] = _Held(now, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT])
-            semaphore.earliest = min(semaphore.earliest, ends)
+        else:  # asked again: its lease begins again, also a lapsed one
+            held.ends = ends
+        semaphore.earliest = min(semaphore.earliest, ends)
 
     def _drop(self, name: tuple[str, bytes], token: str) -> bool:
         semaphore = self._semaphores.get(name)

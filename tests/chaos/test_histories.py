@@ -33,7 +33,7 @@ from ..redis_server import RedisServer
 from . import LONG
 
 SETTINGS = hypothesis_settings(
-    max_examples=1500 if LONG else 25,
+    max_examples=1500 if LONG else 40,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -71,8 +71,10 @@ PREFIX: Final = "chaos[1]*"
 LEASES: Final = (100.0, 1_000.0, 10_000.0)
 #: Seconds that two reckonings of one lease's end may differ; far less than what lies between the leases.
 SLACK: Final = 20.0
-#: Seconds of a lease that is to end, and seconds after which it surely is over.
-SHORT, AFTER_SHORT = 0.02, 0.025
+#: Seconds of a lease that is to end, and of one that is to end when its holder has been evicted.
+SHORT, TO_EVICT = 0.02, 0.05
+#: Seconds after the end of a lease when it is over by every clock, in whole milliseconds too.
+OVER: Final = 0.005
 #: Seconds for one call: a busy machine may answer late, also between the two commands of a `restore`.
 TIMEOUT: Final = 10.0
 #: How often a history does what takes long: waits for that, or lets everybody take.
@@ -87,16 +89,10 @@ class Ways:
 
     #: A give tells who was held; otherwise it says so of everybody.
     tells: bool
-    #: To take again is to begin the lease again, also a lapsed one; otherwise what stands there stays as it is.
-    begins_again: bool
-    #: A take looks at all of its slots for lapsed holders; otherwise at the ones that do not block only if it takes.
-    sweeps_all: bool
-    #: Tombstones count for as long as they are there; otherwise until the evicted holder's lease would have ended.
-    old_tombstones: bool
 
 
-MEMORY: Final = Ways(tells=True, begins_again=False, sweeps_all=False, old_tombstones=False)
-REDIS: Final = Ways(tells=False, begins_again=True, sweeps_all=True, old_tombstones=True)
+MEMORY: Final = Ways(tells=True)
+REDIS: Final = Ways(tells=False)
 
 
 class Model:
@@ -109,20 +105,15 @@ class Model:
     def lose(self) -> None:
         self.standing: dict[Place, dict[str, float]] = {place: {} for place in PLACES}
         self.evicted: dict[str, float] = {}
-        #: Evicted ones whose tombstones are there although they are over.
-        self.old: set[str] = set()
 
     def take(self, token: str, wanted: Sequence[Wanted], now: float) -> TakeReply:
-        full = [
-            (one.block or self.ways.sweeps_all) and not self._has_room(token, one, now) and one.block for one in wanted
-        ]
+        held = [self._has_room(token, one, now) for one in wanted]
+        full = [one.block and not has_room for one, has_room in zip(wanted, held, strict=True)]
         if any(full):
             return Full(tuple(full), tuple(len(self.standing[one.place]) for one in wanted))
-        held = [self._has_room(token, one, now) for one in wanted]
         for one, has_room in zip(wanted, held, strict=True):
-            there = self.standing[one.place]
-            if has_room and (token not in there or self.ways.begins_again):
-                there[token] = now + one.ttl
+            if has_room:
+                self.standing[one.place][token] = now + one.ttl
         return Taken(tuple(held), tuple(len(self.standing[one.place]) for one in wanted))
 
     def _has_room(self, token: str, one: Wanted, now: float) -> bool:
@@ -154,7 +145,7 @@ class Model:
         there = self.standing[pair.place]
         if pair.token in there:
             return self._renew(pair, seconds, now)
-        back = until != "past" and self.evicted.get(pair.token, now) <= now and pair.token not in self.old
+        back = until != "past" and self.evicted.get(pair.token, now) <= now
         if back:
             there[pair.token] = now + seconds
         return back
@@ -328,7 +319,6 @@ class RedisRig(Rig):
         )
         old = {token for token, left in tombstones.items() if left <= 0}
         assert old <= model.evicted.keys(), "an eviction sweeps the tombstones that are over"
-        model.old = old if self.ways.old_tombstones else set()
 
     def close(self) -> None:
         self.backend.close()
@@ -385,14 +375,14 @@ tokens = st.sampled_from(TOKENS)
 places = st.sampled_from(PLACES)
 leases = st.sampled_from(LEASES)
 pairs = st.builds(Pair, tokens, places)
-late = st.sampled_from(("nothing", "evict", "crowd", "take"))
+late = st.sampled_from(("give", "evict", "crowd", "take"))
 wanted = st.builds(Wanted, places, st.integers(0, 4), leases, st.booleans())
 
 
-def shortly(pair: Pair, everywhere: bool) -> list[tuple[Pair, float]]:
+def shortly(pair: Pair, everywhere: bool, seconds: float = SHORT) -> list[tuple[Pair, float]]:
     """To be renewed for a moment only: there, or wherever this holder is."""
     others = [Pair(pair.token, place) for place in PLACES if place != pair.place]
-    return [(each, SHORT) for each in ([pair, *others] if everywhere else [pair])]
+    return [(each, seconds) for each in ([pair, *others] if everywhere else [pair])]
 
 
 class Histories(RuleBasedStateMachine):
@@ -457,18 +447,20 @@ class Histories(RuleBasedStateMachine):
         self.be_late(short, then)
 
     @precondition(lambda self: self.lapses < LAPSES and self.held())
-    @rule(data=st.data(), everywhere=st.booleans(), other=tokens, then=late)
-    def evict_and_lapse(self, data: st.DataObject, everywhere: bool, other: str, then: str) -> None:
+    @rule(data=st.data())
+    def evict_and_lapse(self, data: st.DataObject) -> None:
         """The same, but the holder is evicted just before, and another one before that, whose leases are long."""
         pair = data.draw(st.sampled_from(self.held()))
-        short = shortly(pair, everywhere)
-        self.evict(other)
+        short = shortly(pair, True, TO_EVICT)
+        others = self.others(pair.token)
+        if others:
+            self.evict(data.draw(st.sampled_from(others)))
         # Store by store: the eviction has to come before the leases' end.
         self.ask(
             lambda rig: (rig.renew(short), rig.backend.evict(pair.token)),
             lambda model, now: (model.renew(short, now), model.evict(pair.token, now)),
         )
-        self.be_late(short, then)
+        self.be_late(short, "evict")
 
     @precondition(lambda self: self.lapses < LAPSES)
     @rule(token=tokens, other=tokens, place=places, then=late)
@@ -483,10 +475,13 @@ class Histories(RuleBasedStateMachine):
         _, model = self.each[0]
         return sorted(model.held(monotonic()))
 
+    def others(self, token: str) -> list[str]:
+        return sorted({each.token for each in self.held()} - {token})
+
     def be_late(self, short: Sequence[tuple[Pair, float]], then: str) -> None:
         """Wait until the short leases are over; then their holder wants to go on, and something else may follow."""
         self.lapses += 1
-        sleep(AFTER_SHORT)
+        sleep(short[0][1] + OVER)
         self.agree()
         self.renew([(pair, LEASES[0]) for pair, _ in short])
         self.restore([(pair, LEASES[0], "never") for pair, _ in short])
@@ -496,8 +491,11 @@ class Histories(RuleBasedStateMachine):
         elif then == "crowd":
             self.crowd(place, 2)
         elif then == "evict":
-            for each in (token, *TOKENS):
-                self.evict(each)
+            self.evict(token)
+            self.agree()
+            self.evict(next(iter(self.others(token)), token))  # sweeps the tombstones
+        elif then == "give":
+            self.give_twice([pair for pair, _ in short])
 
     @rule(holders=st.lists(st.tuples(pairs, leases, st.sampled_from(list(UNTIL))), min_size=1, max_size=4))
     def restore(self, holders: list[tuple[Pair, float, str]]) -> None:

@@ -15,7 +15,8 @@ for i = 1, #KEYS - 1 do
     reply[i] = -1
   elseif ends then
     if tonumber(ends) > now then reply[i] = 1 end
-  elseif now < tonumber(ARGV[4 * i - 3]) and not redis.call('ZSCORE', KEYS[#KEYS], ARGV[4 * i]) then
+  elseif now < tonumber(ARGV[4 * i - 3])
+    and tonumber(redis.call('ZSCORE', KEYS[#KEYS], ARGV[4 * i]) or 0) <= now then
     if now < tonumber(ARGV[#ARGV]) then reply[i] = 1 else reply[i] = 2 end
   end
   if reply[i] == 1 then
