@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 if TYPE_CHECKING:
     from .policies import Policy
+
+#: The `limit` of a slot that is counted and never full; a whole number that every store can compare exactly.
+UNLIMITED: Final = 2**52
 
 State = Literal["held", "over", "local", "unprotected", "skipped"]
 Reason = Literal["full", "queue_full", "wait_timeout", "cost_above_limit", "key_missing", "backend_unavailable"]
@@ -29,7 +32,7 @@ class Key:
 class Slot:
     """One slot of one semaphore, asked for or held: enough to take it, to renew it and to give it back.
 
-    `limit` is in slots, `ttl` in seconds. A slot with `block` false never makes a take fail: it is held where one is
+    `limit` is in slots, `ttl` in seconds. `cost` is how many of the limit it takes; counts are sums of it. A slot with `block` false never makes a take fail: it is held where one is
     free. `token` names the holder, made by us; asking twice with one token is asking once.
     """
 
@@ -40,6 +43,7 @@ class Slot:
     token: str
     block: bool = True
     path: str = ""
+    cost: int = 1
     #: Seconds since the epoch by our own clock; for people, never for a decision.
     since: float = field(default_factory=time, compare=False)
     #: For the store that holds it: what it made of this slot and needs again.

@@ -61,6 +61,7 @@ class Holder:
     lease_left: float
     path: str = ""
     pid: int | None = None
+    cost: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,9 @@ class BaseBackend(ABC):
     #: A cancelled `atake` followed by `agive` of the same tokens leaves nothing behind. Where this is False, the driver
     #: lets a cancelled take run to its end before it gives back, as the release must never overtake the acquire.
     cancel_safe: ClassVar[bool] = False
+
+    #: It counts in this process only, so that no other process can claim what is held in it.
+    one_process: ClassVar[bool] = False
 
     #: Why it is left alone now: it failed, and no probe has succeeded since. Kept by `health`.
     failure: Exception | None = None
@@ -137,6 +141,17 @@ class BaseBackend(ABC):
 
     def recovered(self) -> None:  # noqa: B027  # nothing to do, for most stores
         """A probe has succeeded after it had failed. In the thread that probes."""
+
+    def detach(self, slots: Sequence[Slot]) -> None:  # noqa: B027  # nothing to do where no process is watched
+        """These are handed over: they outlive this process, to the end of their leases. Must not wait for anything."""
+
+    def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
+        """Take over what was handed over: each first slot's holder becomes the second one, whose lease begins now.
+
+        All of them or none: False where one of the first is not held any more, lapsed, or claimed already. The limit is not
+        asked. It may be a claim of another process.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot hand slots over")
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         """`take` on an event loop. The default calls `take` in a thread of asgiref's."""
