@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 from .decorators import concurrency_limit, concurrency_limit_exempt
 from .exceptions import (
     BackendError,
@@ -12,6 +10,7 @@ from .exceptions import (
     PermanentBackendError,
     SlotLost,
 )
+from .holding import hold
 from .outcomes import Concurrency, PolicyResult, Rejection
 
 __version__ = "0.1.0"
@@ -28,11 +27,3 @@ __all__ = [
     "concurrency_limit_exempt",
     "hold",
 ]
-
-
-def hold(policy: Any, *, key: str | None = None, **fields: Any) -> NoReturn:
-    """Take a slot outside a request. Not carried out by this version yet.
-
-    Raises: NotImplementedError, always.
-    """
-    raise NotImplementedError("hold() is not carried out by this version of django_concurrency_mw yet")

@@ -236,9 +236,8 @@ class _ApiView(NamedTuple):
 def _is_blind(view: _ApiView, policy: Policy, config: conf.Config) -> bool:
     """Does the policy ask for the user of this view where nobody knows it?"""
     words = isinstance(policy.when, str) and not is_dotted_path(policy.when)
-    return (
-        (policy.key.needs_user or words) and not _throttled(view) and _by_token(view) and _meets(view, policy, config)
-    )
+    asks = policy.key.needs_user or words or bool(policy.except_users)
+    return asks and not _throttled(view) and _by_token(view) and _meets(view, policy, config)
 
 
 def _meets(view: _ApiView, policy: Policy, config: conf.Config) -> bool:
@@ -359,7 +358,13 @@ def _decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:
 
 def _about(policy: Policy, config: conf.Config) -> Iterator[CheckMessage]:
     yield from _tried(partial(store_of, policy, config), policy, "E002")
-    named = (policy.key.function, policy.when if is_dotted_path(policy.when) else None, policy.response_callback)
+    named = (
+        policy.key.function,
+        policy.when if is_dotted_path(policy.when) else None,
+        policy.max_concurrent,
+        policy.cost,
+        policy.response_callback,
+    )
     for path in named:
         if isinstance(path, str):
             yield from _tried(partial(callable_of, path), policy, "E003")
@@ -379,7 +384,7 @@ def _tried(use: Callable[[], Any], policy: Policy, number: str) -> Iterator[Chec
 
 def _may_count_by_address(policy: Policy) -> bool:
     never_missing = policy.key.kind in ("global", "callable")
-    return policy.key.needs_ip or (policy.missing == "ip" and not never_missing)
+    return policy.key.needs_ip or bool(policy.except_ips) or (policy.missing == "ip" and not never_missing)
 
 
 def _is_ours(path: str) -> bool:

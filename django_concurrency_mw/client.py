@@ -50,8 +50,8 @@ class TrustedProxies:
         return any(address in network for network in self.networks)
 
 
-def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -> str | None:
-    """The address to count by: `203.0.113.9`, or `2001:db8:1:2::/64` in IPv6; None where there is none.
+def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -> Address | None:
+    """The client's own address; None where there is none. To count by, see `bucket`.
 
     `header` is the META key of the forwarding header (`HTTP_X_FORWARDED_FOR`).
     """
@@ -62,7 +62,7 @@ def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -
         if peer or not trusted.unix:
             return None
     elif not trusted.trust(here):
-        return bucket(here)
+        return here
     for entry in _hops(request.META.get(header) or "", header):
         hop = _parse(entry)
         if hop is None:
@@ -70,11 +70,11 @@ def client_address(request: HttpRequest, trusted: TrustedProxies, header: str) -
         here = hop
         if not trusted.trust(hop):
             break
-    return None if here is None else bucket(here)
+    return here
 
 
 def bucket(address: Address) -> str:
-    """The text that addresses of one client share."""
+    """The text to count by, which addresses of one client share: `203.0.113.9`, or `2001:db8:1:2::/64` in IPv6."""
     if address.version == 4:
         return str(address)
     return str(IPv6Network((int(address), IPV6_PREFIX), strict=False))

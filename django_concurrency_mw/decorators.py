@@ -57,7 +57,7 @@ UNSET: Any = _Unset()
 
 def concurrency_limit(
     key: str | Callable[[HttpRequest], Any] = UNSET,
-    max_concurrent: int = UNSET,
+    max_concurrent: int | str | Callable[[HttpRequest], Any] | None = UNSET,
     ttl: float | str = UNSET,
     backend: str | None = None,
     block: bool = UNSET,
@@ -69,10 +69,11 @@ def concurrency_limit(
 ) -> Callable[[V], V]:
     """Limit how many requests are in this view at once, per key. The slot is taken here, after the decorators above.
 
-    `key` and `max_concurrent` (slots) are required unless `policy=` names a policy of the table to start from. `ttl` in
-    seconds (60) or text such as "5m"; `backend` an alias of BACKENDS ("default"); `block=False` never rejects.
-    `response_callback(request)` answers a rejected request. Every other policy field may be given by keyword but
-    `url_names` and `exclude`. `name` names the semaphore, by default the view's dotted path.
+    `key` and `max_concurrent` (slots; None: counted, never full; or a callable of the request) are required unless
+    `policy=` names a policy of the table to start from. `ttl` in seconds (60) or text such as "5m"; `backend` an alias of
+    BACKENDS ("default"); `block=False` never rejects. `response_callback(request)` answers a rejected request. Every other
+    policy field may be given by keyword but `url_names` and `exclude`. `name` names the semaphore, by default the view's
+    dotted path.
 
     Raises: DecoratorUsageError at once for a bad or missing keyword; ImproperlyConfigured on the first request (and in
     `manage.py check`) for an unknown policy or store, or a name that a policy of the table has.

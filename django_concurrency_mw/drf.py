@@ -20,8 +20,8 @@ from .drivers import run
 from .keeper import keeper
 from .lifetime import finish
 from .limiter import conclude, decide, join, leave, policies_of
-from .outcomes import NOT_LIMITED
-from .rejection import Field, add_fields, texts
+from .outcomes import NOT_LIMITED, LimitField
+from .rejection import add_fields, texts
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -87,7 +87,14 @@ class ConcurrencyThrottle(BaseThrottle):
 
 
 def _may_ask_for_user(policy: Policy) -> bool:
-    return policy.key.needs_user or policy.key.kind == "callable" or policy.when is not None
+    callables = [one for one in (policy.max_concurrent, policy.cost) if one is not None and not isinstance(one, int)]
+    return bool(
+        policy.key.needs_user
+        or policy.key.kind == "callable"
+        or policy.when is not None
+        or policy.except_users
+        or callables
+    )
 
 
 class _Ending:
@@ -98,7 +105,7 @@ class _Ending:
 
     def __init__(self, view: Any, request: Any, lease: Lease, *, shares: bool) -> None:
         self._request, self._lease, self._shares = request, lease, shares
-        self._fields: tuple[Field, ...] | None = None
+        self._fields: tuple[LimitField, ...] | None = None
         self._finalize, self._handle = view.finalize_response, view.handle_exception
         view.finalize_response = self._finalize_response
         if shares:
@@ -108,7 +115,7 @@ class _Ending:
             self._unfinished.atexit = False
             keeper.ready()
 
-    def rejected(self, fields: tuple[Field, ...]) -> None:
+    def rejected(self, fields: tuple[LimitField, ...]) -> None:
         """The response will be a rejection, with these header fields."""
         self._fields = fields
 

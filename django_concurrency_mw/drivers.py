@@ -8,10 +8,11 @@ from inspect import isawaitable
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from django.core.exceptions import ImproperlyConfigured
 from django.utils.functional import LazyObject, empty
 
 from .outcomes import StoreFailed, TakeReply
-from .steps import Ask, Effect, Give, LoadUser, Notify, Steps, Take
+from .steps import Ask, Claim, Effect, Give, LoadUser, Notify, Steps, Take
 
 T = TypeVar("T")
 
@@ -66,6 +67,18 @@ def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
         return StoreFailed(error)
 
 
+def _claim(effect: Claim) -> bool | StoreFailed:
+    failure = effect.store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
+    try:
+        return bool(effect.store.claim(effect.slots))
+    except ImproperlyConfigured:
+        raise
+    except Exception as error:
+        return StoreFailed(error)
+
+
 def _load_user(effect: LoadUser) -> None:
     user = getattr(effect.request, "user", None)
     if user is not None:
@@ -113,6 +126,18 @@ async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
         return tuple(await asyncio.shield(_keep(store.agive(slots))))
     except Exception as error:
         return StoreFailed(error)
+
+
+async def _aclaim(effect: Claim) -> bool | StoreFailed:
+    """In a thread, as it is rare. Cancelled, it runs to its end, and what it got is given back behind it."""
+    store, slots = effect.store, effect.slots
+    task = _keep(sync_to_async(_claim, thread_sensitive=False)(effect))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        got = tuple(new for _, new in slots)
+        task.add_done_callback(lambda done: done.cancelled() or _keep(_swallowed(store.agive(got))))
+        raise
 
 
 async def _aload_user(effect: LoadUser) -> None:
@@ -168,6 +193,7 @@ async def _swallowed(awaitable: Awaitable[Any]) -> None:
 _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
     Take: _take,
     Give: _give,
+    Claim: _claim,
     LoadUser: _load_user,
     Ask: _ask,
     Notify: _notify,
@@ -175,6 +201,7 @@ _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
 _ASYNC: dict[type[Effect[Any]], Callable[[Any], Coroutine[Any, Any, Any]]] = {
     Take: _atake,
     Give: _agive,
+    Claim: _aclaim,
     LoadUser: _aload_user,
     Ask: _aask,
     Notify: _anotify,

@@ -221,22 +221,31 @@ def _key(value: object) -> Any:
         raise FieldError(str(error)) from error
 
 
-def _max_concurrent(value: object) -> int:
-    if value is None:
-        raise FieldError(
-            "a null max_concurrent (counted, never full) is not carried out by this version yet; "
-            "write a number, beside "
-            "block: false if nobody is to be rejected"
-        )
+def _max_concurrent(value: object) -> Any:
     if callable(value) or is_dotted_path(value):
+        return value
+    if isinstance(value, str):
         raise FieldError(
-            "a callable max_concurrent (a limit for each request) is not carried out by this version "
-            "yet; write a number"
+            f"expected an integer >= 0, null, or a dotted path such as 'shop.limits.of_plan', got {shown(value)}"
         )
+    return check_limit(value)
+
+
+def check_limit(value: object) -> int | None:
+    """A limit by itself: how many, or None for what is never full. Raises: FieldError."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise FieldError(f"expected an integer >= 0, got {shown(value)}")
+        raise FieldError(f"expected an integer >= 0, or null, got {shown(value)}")
     if value > LARGEST_LIMIT:
         raise FieldError(f"expected at most {LARGEST_LIMIT}, got {shown(value)}")
+    return value
+
+
+def check_cost(value: object) -> int:
+    """A cost by itself. Raises: FieldError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COST:
+        raise FieldError(f"expected an integer from 1 to {LARGEST_COST}, got {shown(value)}")
     return value
 
 
@@ -363,11 +372,11 @@ def _status(value: object) -> int:
     return value
 
 
-def _network(value: object) -> str:
+def _network(value: object) -> Any:
     try:
         if not isinstance(value, str):
             raise ValueError("not text")
-        return str(ipaddress.ip_network(value))
+        return ipaddress.ip_network(value)
     except ValueError as error:
         cure = ""
         if isinstance(value, str):
@@ -389,8 +398,10 @@ def _per_key(value: object) -> Mapping[str, int | None]:
     for key, limit in value.items():
         if not isinstance(key, str) or not key:
             found.append(((key,), f"expected a resolved key as text, such as 'user:42', got {shown(key)}"))
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            found.append(((key,), f"expected an integer >= 0, or null, got {shown(limit)}"))
+        try:
+            check_limit(limit)
+        except FieldError as error:
+            found.append(((key,), str(error)))
     if found:
         raise FieldError(found=found)
     return dict(value)
@@ -399,9 +410,11 @@ def _per_key(value: object) -> Mapping[str, int | None]:
 def _cost(value: object) -> Any:
     if callable(value) or is_dotted_path(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COST:
-        raise FieldError(f"expected an integer from 1 to {LARGEST_COST}, or a dotted path, got {shown(value)}")
-    return value
+    if isinstance(value, str):
+        raise FieldError(
+            f"expected an integer from 1 to {LARGEST_COST}, or a dotted path such as 'shop.limits.pages', got {shown(value)}"
+        )
+    return check_cost(value)
 
 
 def _max_waiting(value: object) -> int:
@@ -477,7 +490,6 @@ _ROWS = (
         "Networks that are neither counted nor limited.",
         _TEXTS,
         default=(),
-        later=True,
     ),
     Field(
         "except_users",
@@ -485,7 +497,6 @@ _ROWS = (
         "Users, by primary key, that are neither counted nor limited.",
         {"type": "array", "items": {"type": ["integer", "string"]}, "minItems": 1},
         default=(),
-        later=True,
     ),
     Field(
         "key",
@@ -505,7 +516,8 @@ _ROWS = (
     Field(
         "max_concurrent",
         _max_concurrent,
-        "How many requests of one key may be in flight at once; 0 admits nobody.",
+        "How many requests of one key may be in flight at once; 0 admits nobody; null: counted, never full; or a dotted path "
+        "to `(request) -> int | None`.",
         {"anyOf": [_COUNT, _NULL, _DOTTED]},
         required=True,
     ),
@@ -514,7 +526,6 @@ _ROWS = (
         _per_key,
         "Resolved keys with a limit of their own; null: counted, never full.",
         {"type": "object", "additionalProperties": {"anyOf": [_COUNT, _NULL]}},
-        later=True,
     ),
     Field(
         "cost",
@@ -522,7 +533,6 @@ _ROWS = (
         "How many slots one request takes: 1 to 1000, or a dotted path to `(request) -> int`.",
         {"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST_COST}, _DOTTED]},
         default=1,
-        later=True,
     ),
     Field(
         "ttl",

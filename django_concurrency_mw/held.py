@@ -23,6 +23,7 @@ class Held:
         "confirmed",
         "due",
         "ends",
+        "handed",
         "local",
         "lost",
         "maybe",
@@ -47,6 +48,8 @@ class Held:
         self.registered = NEVER
         #: The store says that it is gone: lapsed, or taken away.
         self.lost = False
+        #: It is somebody else's now, so it is not given back.
+        self.handed = False
         #: `slot_acquired` was sent, so `slot_released` will be.
         self.announced = False
         self.since = monotonic()

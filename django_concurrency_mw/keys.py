@@ -17,6 +17,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from asgiref.sync import iscoroutinefunction
 from django.core.exceptions import (
@@ -28,7 +29,8 @@ from django.core.exceptions import (
 from django.http.request import split_domain_port
 from django.utils.module_loading import import_string
 
-from .client import TrustedProxies, client_address
+from .client import Address, TrustedProxies, bucket, client_address
+from .fields import FieldError, check_cost, check_limit
 from .keyspec import KeySpec, Part
 from .outcomes import Asked, Key, KeyMissing
 from .steps import Ask, Effect, LoadUser, Steps
@@ -36,6 +38,7 @@ from .steps import Ask, Effect, LoadUser, Steps
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
+    from .client import Network
     from .policies import Policy
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -64,7 +67,7 @@ class Resolver:
     def __init__(self, request: HttpRequest, kwargs: Mapping[str, Any], trusted: TrustedProxies, header: str) -> None:
         self._request, self._kwargs, self._trusted, self._header = request, kwargs, trusted, header
         self._loaded = self._looked = self._nobody = False
-        self._address: str | None = None
+        self._address: Address | None = None
 
     def resolve(self, policies: Sequence[Policy]) -> Steps[Asking]:
         """The policies that apply, each with its key or with the news that it has none, in table order.
@@ -73,14 +76,57 @@ class Resolver:
         """
         asking: Asking = []
         for policy in policies:
+            if policy.except_ips and self._comes_from(policy.except_ips):
+                continue
             if policy.when is not None and not (yield from self._applies(policy.when)):
+                continue
+            if policy.except_users and (yield from self._is_one_of(policy.except_users)):
                 continue
             try:
                 key = yield from self._key(policy)
             except _NotApplicable:
                 continue
-            asking.append(Asked(policy, key, policy.max_concurrent) if isinstance(key, Key) else key)
+            if isinstance(key, Key):
+                limit = yield from self._limit(policy, key)
+                cost = yield from self._cost(policy)
+                asking.append(Asked(policy, key, limit, cost))
+            else:
+                asking.append(key)
         return asking
+
+    def _comes_from(self, networks: Sequence[Network]) -> bool:
+        address = self._client_address()
+        return address is not None and any(address in network for network in networks)
+
+    def _is_one_of(self, users: Sequence[int | str]) -> Generator[Effect[Any], Any, bool]:
+        yield from self._load_user()
+        user = self._user()
+        pk = getattr(user, "pk", None) if user is not None and user.is_authenticated else None
+        return pk is not None and str(pk) in map(str, users)
+
+    def _limit(self, policy: Policy, key: Key) -> Generator[Effect[Any], Any, int | None]:
+        if policy.per_key:
+            own = limits_of(policy)
+            if key.digest in own:
+                return own[key.digest]
+        limit = policy.max_concurrent
+        if limit is None or isinstance(limit, int):
+            return limit
+        answer = yield from Ask[Any](callable_of(limit), (self._request,))
+        try:
+            return check_limit(answer)
+        except FieldError as error:
+            raise TypeError(f"policy {policy.name}: the max_concurrent callable {limit!r}: {error}") from error
+
+    def _cost(self, policy: Policy) -> Generator[Effect[Any], Any, int]:
+        cost = policy.cost
+        if isinstance(cost, int):
+            return cost
+        answer = yield from Ask[Any](callable_of(cost), (self._request,))
+        try:
+            return check_cost(answer)
+        except FieldError as error:
+            raise TypeError(f"policy {policy.name}: the cost callable {cost!r}: {error}") from error
 
     def _applies(self, when: str | Callable[..., Any]) -> Generator[Effect[Any], Any, bool]:
         test = _WHEN.get(when) if isinstance(when, str) else None
@@ -120,9 +166,9 @@ class Resolver:
         if address is None:
             _warn_no_address(policy.name)
             return KeyMissing(policy, text, policy.missing == "reject")
-        return make_key(f"{prefix}{address}")
+        return make_key(f"{prefix}{bucket(address)}")
 
-    def _client_address(self) -> str | None:
+    def _client_address(self) -> Address | None:
         if not self._looked:
             self._address = client_address(self._request, self._trusted, self._header)
             self._looked = True
@@ -196,7 +242,8 @@ class Resolver:
         return str(value)
 
     def _ip_value(self, part: Part) -> str | None:
-        return self._client_address()
+        address = self._client_address()
+        return None if address is None else bucket(address)
 
     def _user_value(self, part: Part) -> Any:
         user = self._user()
@@ -254,6 +301,39 @@ def make_key(text: str) -> Key:
     if len(text) > TEXT_LIMIT:
         text = f"{text[: TEXT_LIMIT - 33]}~{digest.hex()}"
     return Key(text, digest)
+
+
+def limits_of(policy: Policy) -> Mapping[bytes, int | None]:
+    """The limits of a policy's `per_key`, by the digest of the key that each is written for."""
+    found = _per_key.get(policy)
+    if found is None:
+        found = {}
+        for text, limit in (policy.per_key or {}).items():
+            for spelling in (_with_digest(policy.key, text), text):  # as it is goes before: it may be another's digest
+                found[make_key(spelling).digest] = limit
+        _per_key[policy] = found
+    return found
+
+
+#: Compiled at first sight.
+_per_key: WeakKeyDictionary[Policy, Mapping[bytes, int | None]] = WeakKeyDictionary()
+
+
+def _with_digest(spec: KeySpec, text: str) -> str:
+    """The text of a key that was written with the raw value of its one header or session; others as they are."""
+    if spec.kind in ("session", "header"):
+        before, after = f"{spec.text}:", ""
+    elif spec.kind == "template" and sum(isinstance(part, Part) for part in spec.parts) == 1:
+        place = next(place for place, part in enumerate(spec.parts) if isinstance(part, Part))
+        part = spec.parts[place]
+        if not isinstance(part, Part) or part.root not in ("session", "header"):
+            return text
+        before, after = "".join(map(str, spec.parts[:place])), "".join(map(str, spec.parts[place + 1 :]))
+    else:
+        return text
+    if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):
+        return text
+    return f"{before}{digest_text(text[len(before) : len(text) - len(after)])}{after}"
 
 
 def digest_text(value: str) -> str:

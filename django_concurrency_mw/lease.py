@@ -13,14 +13,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from . import health, notices, renewals, signals
 from .drivers import arun, run
+from .handover import pack
 from .held import Held, by_store
 from .keeper import keeper
-from .outcomes import PolicyResult, Slot, StoreFailed
+from .outcomes import UNLIMITED, LimitField, PolicyResult, Slot, StoreFailed
 from .policies import Policy
 from .steps import Give, Notify, Steps
 from .tokens import new_token
@@ -73,8 +74,8 @@ class Lease:
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
         #: Decorators that share in owning it; 0 where a middleware does.
         self.sharers = 0
-        #: (policy, limit, remaining) of each blocking policy that was asked, for the RateLimit header fields.
-        self.fields: tuple[tuple[str, int, int], ...] = ()
+        #: Of each blocking policy that was asked and has a limit.
+        self.fields: tuple[LimitField, ...] = ()
         #: What each semaphore has said to this request; the first word stands.
         self.results: dict[tuple[str, bytes], PolicyResult] = {}
 
@@ -134,11 +135,13 @@ class Lease:
             _prune()
             asked = {held.slot.semaphore: held.since for held in self._of(slots)}
             standing = [
-                held.slot.semaphore
+                held.slot
                 for _, held in _stand_ins.values()
                 if held.store is store and (held.local or held.registered >= asked.get(held.slot.semaphore, 0.0))
             ]
-            return tuple(standing.count(slot.semaphore) for slot in slots) if standing else ()
+            if not standing:
+                return ()
+            return tuple(sum(one.cost for one in standing if one.semaphore == slot.semaphore) for slot in slots)
 
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: count what this process itself holds there, in the store and in its stead."""
@@ -147,14 +150,41 @@ class Lease:
             counts = {slot.semaphore: 0 for slot in slots}
             for held in _all_held():
                 if held.confirmed and held.store is store and held.slot.semaphore in counts:
-                    counts[held.slot.semaphore] += 1
-            if any(counts[slot.semaphore] >= slot.limit for slot in slots):
+                    counts[held.slot.semaphore] += held.slot.cost
+            if any(counts[slot.semaphore] + slot.cost > slot.limit for slot in slots):
                 return False, tuple(counts[slot.semaphore] for slot in slots)
             new = [_instead(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
             self._held += new
             _stand_ins.update((id(held), (self, held)) for held in new)
             keeper.watch(self, min(held.due for held in new))
-            return True, tuple(counts[slot.semaphore] + 1 for slot in slots)
+            return True, tuple(counts[slot.semaphore] + slot.cost for slot in slots)
+
+    # -- handing over ---------------------------------------------------------------------------------------
+
+    def claimed(self, slots: Sequence[Slot]) -> None:
+        """These were handed over to it: they are as old as they were, and `slot_released` is sent for them."""
+        self.confirm(slots, slots)
+        for held in self._of(slots):
+            held.since -= max(0.0, time() - held.slot.since)
+            held.announced = True
+
+    def hand_over(self) -> str:
+        """See `Concurrency.hand_over`."""
+        handed = []
+        for held in list(self._held):
+            # What is counted here alone, or known to be gone, is nothing that others could claim.
+            if held.confirmed and not held.local and not held.lost:
+                held.handed = True
+                with contextlib.suppress(ValueError):  # another thread gives back
+                    self._held.remove(held)
+                    handed.append(held)
+        for store, group in by_store(handed):
+            store.detach([held.slot for held in group])
+        gone = {held.slot.semaphore for held in handed}
+        self.results = {semaphore: result for semaphore, result in self.results.items() if semaphore not in gone}
+        if not self._held:
+            keeper.forget(self)
+        return pack([(held.policy, held.slot) for held in handed])
 
     # -- giving back --------------------------------------------------------------------------------------------
 
@@ -219,7 +249,7 @@ class Lease:
                         "request": self._request(),
                         "policy": held.policy,
                         "key": held.slot.key.text,
-                        "limit": held.slot.limit,
+                        "limit": None if held.slot.limit == UNLIMITED else held.slot.limit,
                         "held": was_held,
                     },
                 )

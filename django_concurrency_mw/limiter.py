@@ -17,9 +17,18 @@ from .backends import BaseBackend, get_backend
 from .conf import Config
 from .keys import Resolver
 from .lease import Lease
-from .outcomes import NOT_LIMITED, Asked, Concurrency, KeyMissing, PolicyResult, StoreFailed, Verdict
+from .outcomes import (
+    NOT_LIMITED,
+    Asked,
+    Concurrency,
+    KeyMissing,
+    PolicyResult,
+    Reason,
+    StoreFailed,
+    Verdict,
+)
 from .policies import Policy
-from .steps import Notify, Steps, Take, acquire
+from .steps import Notify, Steps, Take, above_limit, acquire
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -118,9 +127,7 @@ def decide(
         return None
     known, fresh = _known(lease, asking)
     token = new_token()
-    verdict = yield from _watched(
-        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, lease.release)
-    )
+    verdict = yield from _watched(acquire(fresh, stores, lease, token, request.path, config.on_backend_error))
     if verdict.rejected_by is not None:
         yield from lease.steps_to_give(token)
     if known:
@@ -130,6 +137,16 @@ def decide(
         _remember(lease, fresh, verdict)
         lease.announce(token)
     yield from _announce(request, fresh, verdict)
+    return verdict
+
+
+def admit_outside(entry: Asked, lease: Lease, config: Config) -> Steps[Verdict]:
+    """Take a slot outside a request. Whoever owns the lease gives back what a rejected or interrupted take may have left."""
+    token, stores = new_token(), {entry.policy.backend: store_of(entry.policy, config)}
+    verdict = yield from _watched(acquire([entry], stores, lease, token, "", config.on_backend_error))
+    if verdict.rejected_by is None:
+        lease.announce(token)
+    yield from _announce(None, [entry], verdict)
     return verdict
 
 
@@ -194,7 +211,7 @@ def _with_known(verdict: Verdict, asking: Sequence[Asked | KeyMissing], known: K
         tuple(found[entry.policy.name] for entry in asking),
         verdict.concurrency.rejection,
         verdict.concurrency.waited,
-        lease.release,
+        lease,
     )
     return Verdict(concurrency, verdict.rejected_by, verdict.fields)
 
@@ -207,7 +224,7 @@ def _remember(lease: Lease, fresh: Sequence[Asked | KeyMissing], verdict: Verdic
     lease.fields += verdict.fields
 
 
-def _announce(request: HttpRequest, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> Steps[None]:
+def _announce(request: HttpRequest | None, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> Steps[None]:
     acquired = signals.slot_acquired.has_listeners(Policy)
     rejected = signals.request_rejected.has_listeners(Policy)
     found = {result.policy: result for result in verdict.concurrency.policies}
@@ -231,6 +248,7 @@ def _announce(request: HttpRequest, fresh: Sequence[Asked | KeyMissing], verdict
             if acquired:
                 yield from Notify(signals.slot_acquired, {**about, "waited": verdict.concurrency.waited})
         elif result.state == "over":
-            rejection.log(entry.policy, result.key, "full")
+            reason: Reason = "cost_above_limit" if isinstance(entry, Asked) and above_limit(entry) else "full"
+            rejection.log(entry.policy, result.key, reason)
             if rejected:
-                yield from Notify(signals.request_rejected, {**about, "reason": "full", "shadow": True})
+                yield from Notify(signals.request_rejected, {**about, "reason": reason, "shadow": True})

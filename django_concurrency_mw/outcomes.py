@@ -5,10 +5,9 @@ A request that was let in because the store is down is not a request that holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 if TYPE_CHECKING:
     from .policies import Policy
@@ -16,8 +15,15 @@ if TYPE_CHECKING:
 #: The `limit` of a slot that is counted and never full; a whole number that every store can compare exactly.
 UNLIMITED: Final = 2**52
 
+#: What the text of a hand-over begins with, and the whole of it where nothing is held. No policy's name has a colon.
+HANDED_OVER: Final = "slots:1:"
+
 State = Literal["held", "over", "local", "unprotected", "skipped"]
 Reason = Literal["full", "queue_full", "wait_timeout", "cost_above_limit", "key_missing", "backend_unavailable"]
+
+
+#: (policy, limit, remaining), for the RateLimit header fields.
+LimitField = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,9 @@ class Key:
 class Slot:
     """One slot of one semaphore, asked for or held: enough to take it, to renew it and to give it back.
 
-    `limit` is in slots, `ttl` in seconds. `cost` is how many of the limit it takes; counts are sums of it. A slot with `block` false never makes a take fail: it is held where one is
-    free. `token` names the holder, made by us; asking twice with one token is asking once.
+    `limit` is in slots, `ttl` in seconds. `cost` is how many of the limit it takes; counts are sums of costs. A slot with
+    `block` false never makes a take fail: it is held where one is free. `token` names the holder, made by us; asking twice
+    with one token is asking once.
     """
 
     policy: str
@@ -90,7 +97,8 @@ class PolicyResult:
     `held`: a slot of the store. `over`: over capacity (a shadow policy's request runs all the same, without a slot).
     `local`: the store failed and this process's own count stands in. `unprotected`: the store failed and the request
     was let in. `skipped`: it has no key here, or the request was rejected before it was asked.
-    `in_flight` is the count as the take saw it, own slot included; None where nobody counted.
+    `in_flight` is the count as the take saw it, own slot included; None where nobody counted. `limit` is the one that was
+    applied, None for what is counted and never full.
     """
 
     policy: str
@@ -104,7 +112,7 @@ class PolicyResult:
 class Rejection:
     """Why a request was turned away: the first violated policy in table order, and the names of all of them.
 
-    `retry_after` is in seconds, None where waiting cannot help (a limit of 0, a missing key).
+    `retry_after` is in seconds, None where waiting cannot help (a limit of 0, a cost above the limit, a missing key).
     """
 
     policy: str
@@ -117,8 +125,14 @@ class Rejection:
     violated: tuple[str, ...]
 
 
-def _nothing() -> None:
-    return None
+class Owner(Protocol):
+    """The lease behind a `Concurrency`."""
+
+    def release(self) -> None:
+        """Give everything back."""
+
+    def hand_over(self) -> str:
+        """A token for whoever is to hold it from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +143,20 @@ class Concurrency:
     policies: tuple[PolicyResult, ...] = ()
     rejection: Rejection | None = None
     waited: float = 0.0
-    _give_back: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    _lease: Owner | None = field(default=None, repr=False, compare=False)
 
     def release(self) -> None:
         """Give this request's slots back now, for a view that is done with the limited part. Further calls do nothing."""
-        self._give_back()
+        if self._lease is not None:
+            self._lease.release()
 
-    def hand_over(self) -> NoReturn:
-        """Not carried out by this version yet.
+    def hand_over(self) -> str:
+        """Pass this request's slots on: text for `hold`, which claims them in a thread, a task or another process.
 
-        Raises: NotImplementedError, always.
+        The response does not give them back any more, and until they are claimed nobody renews them: unclaimed they end with
+        their lease. Where the request holds none (it is not limited, or the store fails) the text claims none.
         """
-        raise NotImplementedError("hand_over() is not carried out by this version of django_concurrency_mw yet")
+        return HANDED_OVER if self._lease is None else self._lease.hand_over()
 
 
 #: Of a request to which no policy applied.
@@ -153,7 +169,9 @@ class Asked:
 
     policy: Policy
     key: Key
-    limit: int
+    #: None: counted, never full.
+    limit: int | None
+    cost: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +187,9 @@ class KeyMissing:
 class Verdict:
     """The end of an acquisition: what to tell the request, and which policies (with their counts) to tell the client of.
 
-    `fields`: (policy, limit, remaining) of every blocking policy that was asked, for the RateLimit header fields.
+    `fields`: of every blocking policy that was asked and has a limit.
     """
 
     concurrency: Concurrency
     rejected_by: Policy | None = None
-    fields: tuple[tuple[str, int, int], ...] = ()
+    fields: tuple[LimitField, ...] = ()

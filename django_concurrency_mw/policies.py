@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Literal
 
 from .keyspec import KeySpec
@@ -27,12 +28,18 @@ class Policy:
 
     name: str
     key: KeySpec
-    max_concurrent: int
+    #: None: counted, never full. A callable, or its dotted path, is asked about each request.
+    max_concurrent: int | str | Callable[..., Any] | None
     url_names: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     methods: frozenset[str] | None = None
     when: str | Callable[..., Any] | None = None
+    except_ips: tuple[IPv4Network | IPv6Network, ...] = ()
+    except_users: tuple[int | str, ...] = ()
     missing: Literal["ip", "skip", "reject"] = "ip"
+    #: Resolved key -> its own limit, as they were written.
+    per_key: Mapping[str, int | None] | None = None
+    cost: int | str | Callable[..., Any] = 1
     ttl: float = 60.0
     renew: bool = True
     max_age: float | None = 3600.0

@@ -25,7 +25,7 @@ from django.utils.translation import get_language, get_language_bidi
 from django.utils.translation import gettext as _
 
 from .keys import callable_of, masked
-from .outcomes import Rejection, Verdict
+from .outcomes import LimitField, Rejection, Verdict
 from .steps import Ask, Steps
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("django_concurrency_mw")
 
 Headers = Literal["rejected", "always", "never"]
-Field = tuple[str, int, int]
 
 PROBLEM = "application/problem+json"
 JSON = "application/json"
@@ -56,7 +55,7 @@ LOG_EVERY = 10.0
 
 
 def respond(
-    request: HttpRequest, verdict: Verdict, fields: Sequence[Field], headers: Headers
+    request: HttpRequest, verdict: Verdict, fields: Sequence[LimitField], headers: Headers
 ) -> Steps[HttpResponseBase]:
     """The response to a rejected request; the policy's `response_callback` is asked first."""
     policy, rejection = verdict.rejected_by, verdict.concurrency.rejection
@@ -77,7 +76,7 @@ def respond(
     return response
 
 
-def add_fields(response: HttpResponseBase, fields: Sequence[Field]) -> None:
+def add_fields(response: HttpResponseBase, fields: Sequence[LimitField]) -> None:
     """Add RateLimit-Policy and RateLimit (RFC 9651 lists), but not to a redirect, nor over fields that are there."""
     if not fields or 300 <= response.status_code < 400:
         return
@@ -87,7 +86,7 @@ def add_fields(response: HttpResponseBase, fields: Sequence[Field]) -> None:
     response.headers.setdefault("RateLimit", ", ".join(f'"{name}";r={left}' for name, _limit, left in fields))
 
 
-def add_fields_where_private(request: HttpRequest, response: HttpResponseBase, fields: Sequence[Field]) -> None:
+def add_fields_where_private(request: HttpRequest, response: HttpResponseBase, fields: Sequence[LimitField]) -> None:
     """Add the fields to an admitted request's answer, unless a cache may replay it to somebody else."""
     caching = response.headers.get("Cache-Control", "").lower()
     if "private" not in caching and "no-store" not in caching:

@@ -161,7 +161,7 @@ def _restore(store: Any, pairs: Sequence[Pair]) -> None:
 
 def _give_what_ended(store: Any, pairs: Sequence[Pair]) -> None:
     """Who was given back while it was brought back is given back behind that."""
-    ended = [held for lease, held in pairs if not lease.holds(held)]
+    ended = [held for lease, held in pairs if not lease.holds(held) and not held.handed]
     if not ended:
         return
     slots = [held.slot for held in ended]

@@ -8,15 +8,17 @@ the generator is closed half way.)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from .outcomes import (
+    UNLIMITED,
     Asked,
     Concurrency,
     Full,
     KeyMissing,
+    LimitField,
     PolicyResult,
     Reason,
     Rejection,
@@ -76,6 +78,12 @@ class Ledger(Protocol):
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
         """The store failed: this process's own count decides. All of the slots or none; with the counts."""
 
+    def release(self) -> None:
+        """Give everything back."""
+
+    def hand_over(self) -> str:
+        """See `Concurrency.hand_over`."""
+
 
 @dataclass(slots=True, eq=False)
 class LoadUser(Effect[None]):
@@ -109,6 +117,14 @@ class Give(Effect["tuple[bool, ...] | StoreFailed"]):
 
 
 @dataclass(slots=True, eq=False)
+class Claim(Effect["bool | StoreFailed"]):
+    """Take over from the first slot of each pair, as the second one. All of them or none."""
+
+    store: Any
+    slots: tuple[tuple[Slot, Slot], ...]
+
+
+@dataclass(slots=True, eq=False)
 class Notify(Effect[None]):
     """Send a signal; a receiver that fails changes nothing."""
 
@@ -135,7 +151,6 @@ def acquire(
     token: str,
     path: str,
     on_error: OnError,
-    give_back: Callable[[], None],
 ) -> Steps[Verdict]:
     """Take what the policies ask for, or find out why not. `stores` maps a policy's `backend` to its store.
 
@@ -146,12 +161,32 @@ def acquire(
     refused = [missing for missing in asked if isinstance(missing, KeyMissing) and missing.rejects]
     if refused:
         return _rejected(asked, account, "key_missing", {missing.policy.name: None for missing in refused}, ())
-    wanted = [entry for entry in asked if isinstance(entry, Asked)]
-    fields: list[tuple[str, int, int]] = []
+    hopeless = {
+        entry.policy.name: None
+        for entry in asked
+        if isinstance(entry, Asked) and entry.policy.block and above_limit(entry)
+    }
+    if hopeless:
+        return _rejected(asked, account, "cost_above_limit", hopeless, ())
+    wanted = []
+    for entry in asked:
+        if isinstance(entry, Asked):
+            if above_limit(entry):  # a shadow policy's: it would never be let in, so it is not asked
+                account.states[entry.policy.name] = ("over", None)
+            else:
+                wanted.append(entry)
+    fields: list[LimitField] = []
     for store, group in _rounds(wanted, stores):
         slots = tuple(
             Slot(
-                entry.policy.name, entry.key, entry.limit, lease_seconds(entry.policy), token, entry.policy.block, path
+                entry.policy.name,
+                entry.key,
+                UNLIMITED if entry.limit is None else entry.limit,
+                lease_seconds(entry.policy),
+                token,
+                entry.policy.block,
+                path,
+                entry.cost,
             )
             for entry in group
         )
@@ -169,15 +204,20 @@ def acquire(
             fields += [
                 (entry.policy.name, entry.limit, max(0, entry.limit - count))
                 for entry, count in zip(group, reply.in_flight, strict=True)
-                if entry.policy.block
+                if entry.policy.block and entry.limit is not None
             ]
         if reason is not None:
             return _rejected(asked, account, reason, account.full, tuple(fields))
     results = _results(asked, account)
     return Verdict(
-        Concurrency(any(result.state != "skipped" for result in results), results, _give_back=give_back),
+        Concurrency(any(result.state != "skipped" for result in results), results, _lease=lease),
         fields=tuple(fields),
     )
+
+
+def above_limit(entry: Asked) -> bool:
+    """Does it ask for more than there is, so that waiting cannot help? (A limit of 0 is full, whatever the cost.)"""
+    return entry.limit is not None and 0 < entry.limit < entry.cost
 
 
 def lease_seconds(policy: Policy) -> float:
@@ -220,7 +260,7 @@ def _settle(
         account.states[entry.policy.name] = ("held" if held else "over", count)
     for entry, count, more in zip(group, reply.in_flight, lease.uncounted(store, slots), strict=False):
         # The store has just come back, or has failed once, and does not count all that this process has let in.
-        if entry.policy.block and count + more > entry.limit:
+        if entry.policy.block and entry.limit is not None and count + more > entry.limit:
             account.full[entry.policy.name] = entry.limit
             account.states[entry.policy.name] = ("over", entry.limit)
     return "full" if account.full else None
@@ -233,7 +273,7 @@ def _fail_over(
     lease: Ledger,
     account: _Account,
     on_error: OnError,
-    fields: list[tuple[str, int, int]],
+    fields: list[LimitField],
 ) -> Reason | None:
     """The store cannot say. Among the blocking policies deny beats local beats allow."""
     modes = {entry.policy.on_backend_error or on_error for entry in group if entry.policy.block}
@@ -253,10 +293,11 @@ def _fail_over(
     if local:
         held, counts = lease.stand_in(store, [entry.policy for entry, _ in local], [slot for _, slot in local])
         for (entry, slot), count in zip(local, counts, strict=True):
-            fields.append((entry.policy.name, slot.limit, max(0, slot.limit - count)))
+            if entry.limit is not None:
+                fields.append((entry.policy.name, slot.limit, max(0, slot.limit - count)))
             if held:
                 account.states[entry.policy.name] = ("local", count)
-            elif count >= slot.limit:
+            elif count + slot.cost > slot.limit:
                 account.full[entry.policy.name] = count
                 account.states[entry.policy.name] = ("over", count)
         if not held:
@@ -277,16 +318,21 @@ def _rejected(
     asked: Sequence[Asked | KeyMissing],
     account: _Account,
     reason: Reason,
-    violated: dict[str, int | None],
-    fields: tuple[tuple[str, int, int], ...],
+    violated: Mapping[str, int | None],
+    fields: tuple[LimitField, ...],
 ) -> Verdict:
     # A round that was taken before the one that rejected is given back, so nothing is held.
     account.states = {name: state for name, state in account.states.items() if name in violated}
     against = [entry for entry in asked if entry.policy.name in violated]
     first = against[0]
     policy = first.policy
-    limit, key = (first.limit, first.key.text) if isinstance(first, Asked) else (policy.max_concurrent, first.text)
-    hopeless = reason == "key_missing" or any(isinstance(entry, Asked) and entry.limit == 0 for entry in against)
+    if isinstance(first, Asked):
+        limit, key = first.limit, first.key.text
+    else:
+        limit, key = policy.max_concurrent if isinstance(policy.max_concurrent, int) else None, first.text
+    hopeless = reason in ("key_missing", "cost_above_limit") or any(
+        isinstance(entry, Asked) and entry.limit == 0 for entry in against
+    )
     rejection = Rejection(
         policy=policy.name,
         key=key,

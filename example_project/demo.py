@@ -154,6 +154,7 @@ def table_burst(kind: str, path: str, policy: str, per: str, cohorts: tuple[Coho
     found = conf.current().table.get(policy)
     if found is None:
         raise DemoError(f"policies.example.yaml has no policy {policy!r}, which the demo sends requests at")
+    assert isinstance(found.max_concurrent, int)
     return Burst(kind, path, policy, per, found.max_concurrent, cohorts, method, not found.block, found.status)
 
 

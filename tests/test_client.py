@@ -7,7 +7,7 @@ from django.test import RequestFactory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from django_concurrency_mw.client import TrustedProxies, client_address, parse_address
+from django_concurrency_mw.client import TrustedProxies, bucket, client_address, parse_address
 
 XFF = "HTTP_X_FORWARDED_FOR"
 
@@ -20,7 +20,8 @@ def address(peer: str | None, forwarded: str | None = None, trusted: str = "", h
         request.META["REMOTE_ADDR"] = peer
     if forwarded is not None:
         request.META[header] = forwarded
-    return client_address(request, TrustedProxies.parse(trusted.split()), header)
+    found = client_address(request, TrustedProxies.parse(trusted.split()), header)
+    return None if found is None else bucket(found)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from django.test import Client, RequestFactory, override_settings
 from django.utils.decorators import method_decorator
 from django.views import View
 
-from django_concurrency_mw import concurrency_limit, concurrency_limit_exempt, hold
+from django_concurrency_mw import concurrency_limit, concurrency_limit_exempt
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.decorators import limits as all_limits
 from django_concurrency_mw.exceptions import DecoratorUsageError
@@ -500,7 +500,7 @@ class TestUsage:
         ("keywords", "message"),
         [
             ({"key": "usr"}, "usr"),
-            ({"max_concurrent": -1}, "expected an integer >= 0, got -1"),
+            ({"max_concurrent": -1}, "expected an integer >= 0, or null, got -1"),
             ({"max_concurent": 3}, "unknown field; did you mean 'max_concurrent'"),
             ({"ttl": 0}, "ttl"),
             ({"block": "no"}, "expected true or false"),
@@ -528,15 +528,6 @@ class TestUsage:
         assert _named_here(caught.value)
         with pytest.raises(DecoratorUsageError, match="it decorates views, got null"):
             decorate(None)
-
-    def test_not_carried_out_yet(self, limits: Limits) -> None:
-        limits(middleware=[])
-        asked = request()
-        FORMS["function"][0](asked)
-        with pytest.raises(NotImplementedError):
-            asked.concurrency.hand_over()  # type: ignore[attr-defined]
-        with pytest.raises(NotImplementedError):
-            hold("p", key="user:1")
 
 
 class TestMarks:

@@ -69,7 +69,7 @@ def take(store: MemoryBackend, policy: Policy, into: Lease | None = None) -> Lea
     held = Lease(RequestFactory().get("/")) if into is None else into
     entry = Asked(policy, make_key("k"), policy.max_concurrent)
     token = new_token()
-    drivers.run(acquire([entry], {"store": store}, held, token, "/", "local", held.release))
+    drivers.run(acquire([entry], {"store": store}, held, token, "/", "local"))
     held.announce(token)
     return held
 

@@ -125,7 +125,7 @@ def take(store: BaseBackend, policy: Policy, into: Lease | None = None) -> Lease
     lease = Lease(RequestFactory().get("/")) if into is None else into
     entry = Asked(policy, make_key("k"), policy.max_concurrent)
     token = new_token()
-    verdict = drivers.run(acquire([entry], {"store": store}, lease, token, "/", "local", lease.release))
+    verdict = drivers.run(acquire([entry], {"store": store}, lease, token, "/", "local"))
     assert verdict.rejected_by is None
     lease.announce(token)
     return lease
@@ -808,7 +808,7 @@ def test_three_thousand_requests_that_end_around_their_renewal(
 
     def steps(lease: Lease) -> Any:
         asked = [Asked(policy_, make_key(str(random.randrange(5))), 10_000)]
-        return acquire(asked, {"store": store}, lease, new_token(), "/", "local", lease.release)
+        return acquire(asked, {"store": store}, lease, new_token(), "/", "local")
 
     def held_for() -> float:
         return random.uniform(0.08, 0.13) if random.random() < 0.8 else random.uniform(0.13, 0.3)

@@ -183,7 +183,7 @@ def slot(name: str = "p", limit: int = 5) -> Slot:
 
 def steps(store: BaseBackend, rule: Policy, lease: Lease, token: str, mode: Mode) -> Steps[Verdict]:
     asked = [Asked(rule, make_key("k"), rule.max_concurrent)]
-    return limiter._watched(acquire(asked, {"store": store}, lease, token, "/", mode, lease.release))
+    return limiter._watched(acquire(asked, {"store": store}, lease, token, "/", mode))
 
 
 def enter(store: BaseBackend, rule: Policy, mode: Mode = "local") -> tuple[Lease, Verdict]:

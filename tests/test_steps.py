@@ -130,7 +130,7 @@ class Shop:
         self.leases.append(lease)
         stores = {"near": self.near, "far": self.far}
         token = new_token()
-        verdict: Verdict = self.drive(acquire(entries, stores, lease, token, "/", on_error, lease.release))
+        verdict: Verdict = self.drive(acquire(entries, stores, lease, token, "/", on_error))
         if verdict.rejected_by is not None:
             self.drive(lease.steps_to_give(token))
         return verdict
@@ -383,7 +383,7 @@ class TestTwoStoresAndACancel:
 
         async def main() -> None:
             lease = Lease()
-            await drivers.arun(acquire(entries, stores, lease, new_token(), "/", "local", lease.release))
+            await drivers.arun(acquire(entries, stores, lease, new_token(), "/", "local"))
             releasing = asyncio.create_task(lease.arelease())
             await asyncio.sleep(0.01)
             releasing.cancel()
@@ -406,7 +406,7 @@ class TestTwoStoresAndACancel:
 
         async def ask(entry: Asked) -> None:
             token = new_token()
-            verdict = await drivers.arun(acquire([entry], {"near": store}, lease, token, "/", "local", lease.release))
+            verdict = await drivers.arun(acquire([entry], {"near": store}, lease, token, "/", "local"))
             if verdict.rejected_by is not None:
                 await drivers.arun(lease.steps_to_give(token))
 
@@ -455,7 +455,7 @@ class TestCancel:
             stores = {"near": store}
             entry = asked("a", 1000, key=str(number % 7))
             try:
-                await drivers.arun(acquire([entry], stores, lease, new_token(), "/", "local", lease.release))
+                await drivers.arun(acquire([entry], stores, lease, new_token(), "/", "local"))
                 await asyncio.sleep(1)
             finally:
                 await lease.arelease()

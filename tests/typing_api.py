@@ -19,6 +19,7 @@ from django_concurrency_mw import (
     Rejection,
     concurrency_limit,
     concurrency_limit_exempt,
+    hold,
 )
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.signals import slot_acquired
@@ -58,12 +59,31 @@ def busy(request: HttpRequest) -> HttpResponse:
     return HttpResponse(status=429)
 
 
+def limit_of(request: HttpRequest) -> int | None:
+    return 5 if request.method == "POST" else None
+
+
+async def cost_of(request: HttpRequest) -> int:
+    return 2
+
+
+def outside() -> str:
+    with hold("report-exports", key="user:42", max_concurrent=None, cost=2) as held:
+        return held.hand_over()
+
+
+async def claims(token: str) -> bool:
+    async with hold(token) as held:
+        return held.limited
+
+
 by_callables: Callable[[Callable[[HttpRequest], HttpResponse]], Callable[[HttpRequest], HttpResponse]]
 by_callables = concurrency_limit(key=key, max_concurrent=1, response_callback=busy)
 by_callables = concurrency_limit(key=akey, max_concurrent=1, methods=["POST"], when="staff", status=503, renew=False)
 by_callables = concurrency_limit(policy="report-exports", ttl=60.5)
 wrong_key = concurrency_limit(key=5, max_concurrent=1)  # type: ignore[arg-type]
-wrong_limit = concurrency_limit(key="ip", max_concurrent="5")  # type: ignore[arg-type]
+by_callables = concurrency_limit(key="ip", max_concurrent=limit_of, cost=cost_of, per_key={"ip:::1": None})
+wrong_limit = concurrency_limit(key="ip", max_concurrent=5.0)  # type: ignore[arg-type]
 wrong_name = concurrency_limit(key="ip", max_concurrent=5, name=5)  # type: ignore[arg-type]
 
 
