@@ -1,0 +1,508 @@
+"""`hold`: slots outside a request, on every store, sync and async; and the claim of what a view has handed over."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest, HttpResponse
+from django.test import RequestFactory
+
+from django_concurrency_mw import ConcurrencyLimitExceeded, SlotLost, concurrency_limit, conf, hold, keeper, signals
+from django_concurrency_mw.backends import BaseBackend
+from django_concurrency_mw.exceptions import BackendError
+from django_concurrency_mw.handover import unpack
+from django_concurrency_mw.limiter import store_of
+from django_concurrency_mw.outcomes import HANDED_OVER, Concurrency
+
+from .redis_server import RedisServer
+from .support import Limits, exit_code, wait_until
+from .test_limits import backend as backend
+
+Block = Callable[..., Any]
+
+
+@contextmanager
+def in_a_thread(*args: Any, **keywords: Any) -> Iterator[Concurrency]:
+    with hold(*args, **keywords) as held:
+        yield held
+
+
+@contextmanager
+def on_a_loop(*args: Any, **keywords: Any) -> Iterator[Concurrency]:
+    """`async with`, whose block is this one: the loop stands still meanwhile."""
+    block = hold(*args, **keywords)
+    with asyncio.Runner() as runner:
+        held = runner.run(block.__aenter__())
+        try:
+            yield held
+        finally:
+            runner.run(block.__aexit__(None, None, None))
+
+
+@pytest.fixture(params=[in_a_thread, on_a_loop], ids=["threads", "loop"])
+def block(request: pytest.FixtureRequest) -> Block:
+    found: Block = request.param
+    return found
+
+
+def limit_of(request: HttpRequest) -> int:
+    return 1
+
+
+TABLE = {
+    "exports": {"url_names": ["reports:*"], "methods": ["POST"], "when": "staff", "key": "user", "max_concurrent": 2},
+    "all": {"key": "global", "max_concurrent": 1},
+    "own": {"key": "user", "max_concurrent": 1, "per_key": {"user:7": 3}, "cost": 1},
+    "varies": {"key": "user", "max_concurrent": f"{__name__}.limit_of"},
+    "costly": {"key": "user", "max_concurrent": 9, "cost": f"{__name__}.limit_of"},
+    "shadow": {"key": "user", "max_concurrent": 1, "block": False},
+    "short": {"key": "user", "max_concurrent": 1, "ttl": 0.3},
+    "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.2, "renew": False},
+    "denied": {"key": "user", "max_concurrent": 1, "on_backend_error": "deny"},
+}
+
+
+class Held:
+    """The store, and what it holds."""
+
+    @property
+    def store(self) -> BaseBackend:
+        config = conf.current()
+        return store_of(config.table.policies[0], config)
+
+    def __call__(self) -> list[tuple[str, str]]:
+        return sorted((holder.policy, holder.key) for holder in self.store.snapshot())
+
+
+@pytest.fixture
+def held(limits: Limits, backend: dict[str, Any]) -> Iterator[Held]:
+    limits({"policies": TABLE}, BACKENDS={"default": backend})
+    held = Held()
+    yield held
+    assert wait_until(lambda: held() == []), "a test ended with slots held"
+
+
+class TestABlock:
+    def test_holds_a_slot_for_its_length(self, held: Held, block: Block) -> None:
+        with block("exports", key="user:42") as concurrency:
+            assert held() == [("exports", "user:42")]
+            (result,) = concurrency.policies
+            assert (concurrency.limited, result.state, result.in_flight, result.limit) == (True, "held", 1, 2)
+        assert wait_until(lambda: held() == [])
+
+    def test_whatever_ends_it(self, held: Held, block: Block) -> None:
+        for error in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
+            with pytest.raises(error), block("exports", key="user:42"):
+                raise error
+            assert wait_until(lambda: held() == [])
+
+    def test_over_the_limit_it_says_why(self, held: Held, block: Block) -> None:
+        with block("exports", key="user:42"), block("exports", key="user:42"):
+            with pytest.raises(ConcurrencyLimitExceeded) as caught, block("exports", key="user:42"):
+                pass
+            rejection = caught.value.rejection
+            assert (rejection.policy, rejection.key, rejection.reason) == ("exports", "user:42", "full")
+            assert (rejection.limit, rejection.in_flight) == (2, 2)
+            assert rejection.retry_after is not None
+            with block("exports", key="user:43"):
+                assert len(held()) == 3
+
+    def test_is_the_same_semaphore_as_a_requests(self, held: Held, block: Block) -> None:
+        @concurrency_limit(policy="all")
+        def view(request: HttpRequest) -> HttpResponse:
+            return HttpResponse()
+
+        assert view(RequestFactory().get("/")).status_code == 200
+        with block("all"):
+            assert view(RequestFactory().get("/")).status_code == 429
+
+    def test_may_come_again_but_not_inside_itself(self, held: Held) -> None:
+        again = hold("all")
+        for _ in range(2):
+            with again:
+                assert held() == [("all", "global")]
+                with pytest.raises(RuntimeError, match="under way"):
+                    again.__enter__()
+                assert held() == [("all", "global")]
+            assert wait_until(lambda: held() == [])
+        with pytest.raises(RuntimeError, match="has not begun, or has ended"):
+            again.__exit__(None, None, None)
+
+    def test_limits_and_costs(self, held: Held, block: Block) -> None:
+        with block("own", key="user:7", cost=2), block("own", key="user:7"):
+            with pytest.raises(ConcurrencyLimitExceeded), block("own", key="user:7"):
+                pass
+            with block("own", key="user:7", max_concurrent=None) as concurrency:
+                assert (concurrency.policies[0].in_flight, concurrency.policies[0].limit) == (4, None)
+        with pytest.raises(ConcurrencyLimitExceeded, match="cost_above_limit"), block("own", key="user:1", cost=2):
+            pass
+        for policy, argument in (("varies", "max_concurrent"), ("costly", "cost")):
+            with pytest.raises(TypeError, match=f"give {argument}="), block(policy, key="user:1"):
+                pass
+            with block(policy, key="user:1", **{argument: 1}):
+                assert held() == [(policy, "user:1")]
+
+    def test_a_shadow_policy_lets_it_run_without_a_slot(self, held: Held, block: Block) -> None:
+        with block("shadow", key="user:1"), block("shadow", key="user:1") as concurrency:
+            assert concurrency.policies[0].state == "over"
+            assert len(held()) == 1
+
+    def test_its_lease_is_renewed(self, held: Held, block: Block) -> None:
+        with block("short", key="user:1"):
+            began = monotonic()
+            assert wait_until(lambda: monotonic() > began + 0.7)
+            assert held() == [("short", "user:1")]
+
+    def test_signals_without_a_request(self, held: Held, block: Block) -> None:
+        told: list[tuple[str, Any, str]] = []
+
+        def hear(name: str) -> Callable[..., None]:
+            def receiver(**arguments: Any) -> None:
+                told.append((name, arguments["request"], arguments["key"]))
+
+            getattr(signals, name).connect(receiver)
+            return receiver
+
+        receivers = [hear(name) for name in ("slot_acquired", "slot_released", "request_rejected")]
+        with block("all"):
+            with pytest.raises(ConcurrencyLimitExceeded), block("all"):
+                pass
+            assert [name for name, _, _ in told] == ["slot_acquired", "request_rejected"]
+        assert told[-1] == ("slot_released", None, "global")
+        assert all(request is None for _, request, _ in told)
+        del receivers
+
+    def test_given_back_early(self, held: Held, block: Block) -> None:
+        with block("all") as concurrency:
+            concurrency.release()
+            assert wait_until(lambda: held() == [])
+
+    def test_while_the_store_fails(self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken(held.store, monkeypatch)
+        with block("all") as concurrency:
+            assert concurrency.policies[0].state == "local"
+            with pytest.raises(ConcurrencyLimitExceeded), block("all"):
+                pass
+        with pytest.raises(ConcurrencyLimitExceeded, match="backend_unavailable"), block("denied", key="user:1"):
+            pass
+        monkeypatch.undo()
+
+    def test_with_nothing_enabled(self, limits: Limits, block: Block) -> None:
+        limits({"policies": TABLE}, ENABLED=False)
+        with block("all"), block("all") as concurrency:
+            assert not concurrency.limited
+            assert concurrency.hand_over() == HANDED_OVER
+
+
+def broken(store: BaseBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        raise BackendError("down", whole=False)
+
+    async def afails(*args: Any) -> Any:
+        raise BackendError("down", whole=False)
+
+    for name in ("take", "claim"):
+        monkeypatch.setattr(store, name, fails)
+    monkeypatch.setattr(store, "atake", afails)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("args", "keywords", "error", "message"),
+        [
+            (["exprots"], {"key": "user:1"}, ImproperlyConfigured, "no policy 'exprots'.*did you mean 'exports'"),
+            (["exports"], {}, TypeError, "counts by 'user'; give key="),
+            (["exports"], {"key": 5}, TypeError, "key= to be text such as"),
+            (["exports"], {"key": ""}, TypeError, "key= to be text such as"),
+            (["exports"], {"key": "user:1", "cost": 0}, TypeError, "cost: expected an integer from 1 to 1000"),
+            (
+                ["exports"],
+                {"key": "user:1", "max_concurrent": -1},
+                TypeError,
+                "max_concurrent: expected an integer >= 0",
+            ),
+            ([None], {}, TypeError, "the name of a policy"),
+            ([HANDED_OVER + "e30="], {}, ValueError, "not made by hand_over"),
+            ([HANDED_OVER + "%%%"], {}, ValueError, "not made by hand_over"),
+            ([HANDED_OVER], {"key": "user:1"}, TypeError, "give nothing else"),
+        ],
+    )
+    def test_a_clear_word(
+        self, held: Held, args: list[Any], keywords: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message), hold(*args, **keywords):
+            pass
+
+
+class TestOnALoop:
+    def test_a_hundred_blocks_that_are_cancelled_leave_nothing(self, held: Held) -> None:
+        async def main() -> None:
+            async def one(number: int) -> None:
+                async with hold("exports", key=f"user:{number % 7}", max_concurrent=100):
+                    await asyncio.sleep(10)
+
+            tasks = [asyncio.create_task(one(number)) for number in range(100)]
+            for number, task in enumerate(tasks):
+                task.cancel()
+                if number % 3 == 0:
+                    await asyncio.sleep(0)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run(main())
+        assert wait_until(lambda: held() == [])
+
+    def test_a_generator_that_is_dropped_leaves_nothing(self, held: Held) -> None:
+        def chunks() -> Iterator[int]:
+            with hold("all"):
+                yield 1
+
+        running = chunks()
+        next(running)
+        assert held() == [("all", "global")]
+        del running
+        assert wait_until(lambda: held() == [])
+
+    def test_a_block_that_nobody_ends(self, held: Held) -> None:
+        block = hold("all")
+        block.__enter__()
+        assert held() == [("all", "global")]
+        del block
+        gc.collect()
+        assert wait_until(lambda: held() == [])
+
+
+# -- handing over ----------------------------------------------------------------------------------------------------
+
+
+def handed_over(policy: str = "exports", **keywords: Any) -> str:
+    """What a view gives on whose request has ended since."""
+    tokens: list[str] = []
+
+    @concurrency_limit(policy=policy, key=lambda request: "user:42", when=None, methods=["GET"], **keywords)
+    def view(request: Any) -> HttpResponse:
+        tokens.append(request.concurrency.hand_over())
+        return HttpResponse(status=202)
+
+    assert view(RequestFactory().get("/")).status_code == 202
+    return tokens[0]
+
+
+class TestHandOver:
+    def test_the_slot_outlives_its_request_and_is_claimed(self, held: Held, block: Block) -> None:
+        token = handed_over()
+        assert held() == [("exports", "user:42")]
+        with block(token) as concurrency:
+            assert held() == [("exports", "user:42")]
+            (result,) = concurrency.policies
+            assert (result.policy, result.key, result.state, result.limit) == ("exports", "user:42", "held", 2)
+        assert wait_until(lambda: held() == [])
+
+    def test_it_is_small_text_that_any_queue_carries(self, held: Held) -> None:
+        token = handed_over()
+        assert len(token) < 1000
+        assert token.isascii()
+        assert json.loads(json.dumps(token)) == pickle.loads(pickle.dumps(token)) == token
+        with hold(token):
+            pass
+
+    def test_the_limit_holds_all_the_while(self, held: Held, block: Block) -> None:
+        first, second = handed_over(), handed_over()
+        assert first != second
+        with pytest.raises(ConcurrencyLimitExceeded), block("exports", key="user:42"):
+            pass
+        with block(first), block(second), pytest.raises(ConcurrencyLimitExceeded), block("exports", key="user:42"):
+            pass
+
+    def test_a_second_claim(self, held: Held, block: Block) -> None:
+        token = handed_over()
+        with block(token), pytest.raises(SlotLost, match="claimed"), block(token):
+            pass
+        with pytest.raises(SlotLost), block(token):
+            pass
+        assert wait_until(lambda: held() == [])
+
+    def test_unclaimed_it_ends_with_its_lease(self, held: Held, block: Block) -> None:
+        token = handed_over("short")
+        assert held() == [("short", "user:42")]
+        assert wait_until(lambda: held() == [], 2)
+        with pytest.raises(SlotLost), block(token):
+            pass
+
+    def test_claimed_it_is_renewed(self, held: Held, block: Block) -> None:
+        with block(handed_over("short")):
+            began = monotonic()
+            assert wait_until(lambda: monotonic() > began + 0.7)
+            assert held() == [("short", "user:42")]
+
+    def test_its_time_goes_on_from_the_request(self, held: Held, block: Block) -> None:
+        """`renew: false`: the slot ends at its ttl as it stands, however often it changes hands."""
+        began = monotonic()
+        with block(handed_over("fixed")) as concurrency:
+            token = concurrency.hand_over()
+            with block(token):
+                assert wait_until(lambda: held() == [], 2)
+        assert monotonic() - began < 1.5
+        assert keeper.keeper.live() == []
+
+    def test_it_may_be_handed_on(self, held: Held, block: Block) -> None:
+        with block(handed_over()) as concurrency:
+            token = concurrency.hand_over()
+            assert concurrency.hand_over() == HANDED_OVER, "nothing is left to hand over"
+        assert held() == [("exports", "user:42")]
+        with block(token):
+            assert held() == [("exports", "user:42")]
+
+    def test_costs_and_unlimited_ones(self, held: Held, block: Block) -> None:
+        token = handed_over("own", cost=3, max_concurrent=None)
+        with block(token) as concurrency:
+            assert concurrency.policies[0].limit is None
+            (holder,) = held.store.snapshot()
+            assert holder.cost == 3
+
+    def test_from_a_thread_that_the_view_has_started(self, held: Held) -> None:
+        seen: list[Any] = []
+
+        def work(token: str) -> None:
+            with hold(token):
+                seen.append(held())
+
+        thread = threading.Thread(target=work, args=(handed_over(),))
+        thread.start()
+        thread.join(5)
+        assert seen == [[("exports", "user:42")]]
+
+    def test_the_release_is_told_once_and_by_the_last_one(self, held: Held, block: Block) -> None:
+        told: list[tuple[Any, bool]] = []
+
+        def receiver(**arguments: Any) -> None:
+            told.append((arguments["request"], arguments["held"]))
+
+        signals.slot_released.connect(receiver)
+        token = handed_over()
+        assert told == []
+        with block(token):
+            assert told == []
+        assert told == [(None, True)]
+
+    def test_nothing_held_nothing_handed_over(self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as failing:
+            broken(held.store, failing)
+            token = handed_over()
+        assert token == HANDED_OVER
+        with block(token) as concurrency:
+            assert not concurrency.limited
+
+    def test_while_the_store_fails_it_is_held_on_as_it_stands(
+        self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        token, denied = handed_over(), handed_over("denied")
+        with monkeypatch.context() as failing:
+            broken(held.store, failing)
+            with pytest.raises(ConcurrencyLimitExceeded, match="backend_unavailable"), block(denied):
+                pass
+            with block(token) as concurrency:
+                assert concurrency.policies[0].state == "unprotected"
+                assert ("exports", "user:42") in held()
+        with block(denied):
+            pass
+        assert wait_until(lambda: held() == [])
+
+    def test_a_release_while_it_is_handed_over_gives_back_one_of_both(self, held: Held) -> None:
+        """A hundred times at once: whoever is first has it, and nothing is lost or given back twice."""
+        for _ in range(100):
+            with hold("all") as concurrency:
+                thread = threading.Thread(target=concurrency.release)
+                thread.start()
+                token = concurrency.hand_over()
+                thread.join()
+            if token != HANDED_OVER:
+                with hold(token):
+                    pass
+            assert wait_until(lambda: held() == [])
+
+
+class TestProcesses:
+    def test_a_forked_child_claims_it_or_is_told_why_not(self, held: Held, backend: dict[str, Any]) -> None:
+        token = handed_over()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                with hold(token):
+                    code = 0 if held() == [("exports", "user:42")] else 2
+            except ImproperlyConfigured as error:
+                code = 3 if "counts in one process only" in str(error) else 4
+            finally:
+                os._exit(code)
+        assert exit_code(pid) == (3 if backend["BACKEND"] == "memory" else 0)
+        if backend["BACKEND"] == "memory":
+            with hold(token):
+                pass
+        assert wait_until(lambda: held() == [])
+
+    def test_the_giver_may_die_before_it_is_claimed(self, held: Held, backend: dict[str, Any]) -> None:
+        """A worker that is replaced after it has answered 202."""
+        if backend["BACKEND"] == "memory":
+            return  # its slots end with the process
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.write(writing, handed_over().encode())
+            finally:
+                os._exit(0)
+        assert exit_code(pid) == 0
+        token = os.read(reading, 10_000).decode()
+        os.close(reading)
+        os.close(writing)
+        with pytest.raises(ConcurrencyLimitExceeded), hold("exports", key="user:42", max_concurrent=1):
+            pass
+        with hold(token):
+            assert held() == [("exports", "user:42")]
+        assert wait_until(lambda: held() == [])
+
+
+def test_a_claim_that_is_cancelled_leaves_nothing(redis_server: RedisServer, prefix: str, limits: Limits) -> None:
+    """At random moments, while the store takes its time."""
+    limits(
+        {"policies": TABLE},
+        BACKENDS={"default": {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix}},
+    )
+    held = Held()
+
+    async def one(token: str, delay: float) -> None:
+        async with asyncio.timeout(delay):
+            async with hold(token):
+                await asyncio.sleep(10)
+
+    given = {}
+
+    async def main() -> None:
+        for _ in range(60):
+            token = await asyncio.to_thread(handed_over, max_concurrent=None)
+            ((_, slot),) = unpack(token).slots
+            given[slot.token] = token
+        asked = [one(token, number / 10_000) for number, token in enumerate(given.values())]
+        assert {type(error) for error in await asyncio.gather(*asked, return_exceptions=True)} == {TimeoutError}
+
+    def left() -> set[str]:
+        return {holder.token for holder in held.store.snapshot()}
+
+    asyncio.run(main())
+    # A claim that was never made leaves its slot as it was, to the end of the lease; of one that was made nothing is left.
+    assert wait_until(lambda: left() <= set(given))
+    for token in left():
+        with hold(given[token]):
+            pass
+    assert wait_until(lambda: left() == set())
