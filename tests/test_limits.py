@@ -28,14 +28,14 @@ from .redis_server import RedisServer
 from .support import Limits, wait_until
 
 
-def _arun(steps: Steps[Any]) -> Any:
-    return asyncio.run(drivers.arun(steps))
-
-
-@pytest.fixture(params=[drivers.run, _arun], ids=["threads", "loop"])
-def drive(request: pytest.FixtureRequest) -> Callable[[Steps[Any]], Any]:
-    found: Callable[[Steps[Any]], Any] = request.param
-    return found
+@pytest.fixture(params=["threads", "loop"])
+def drive(request: pytest.FixtureRequest) -> Iterator[Callable[[Steps[Any]], Any]]:
+    """Runs steps in this thread, or all of a test's on one event loop."""
+    if request.param == "threads":
+        yield drivers.run
+        return
+    with asyncio.Runner() as runner:
+        yield lambda steps: runner.run(drivers.arun(steps))
 
 
 @pytest.fixture(params=["memory", "host", "redis"])
