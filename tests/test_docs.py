@@ -1,10 +1,13 @@
-"""The pages on stores and on streaming keep their word: their snippets are run, and what they print is what there is."""
+"""The pages of the docs keep their word: their snippets are run, and what they print is what there is."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +15,16 @@ from django.contrib.auth.models import AnonymousUser, User
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import RequestFactory, override_settings
 
-from django_concurrency_mw import concurrency_limit, conf
+from django_concurrency_mw import concurrency_limit, conf, keys
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
 from django_concurrency_mw.backends.redis.errors import PERMISSIONS
+from django_concurrency_mw.drivers import run
+from django_concurrency_mw.lease import Lease
+from django_concurrency_mw.limiter import decide
 from django_concurrency_mw.loader import load_policies
 
 from .redis_server import RedisServer
-from .support import wait_until
+from .support import Limits, wait_until
 from .views import held
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -126,11 +132,75 @@ def test_the_policy_of_the_page_on_streaming_is_good(tmp_path: Path) -> None:
     assert policy.max_age is None
 
 
-@pytest.mark.parametrize("page", ["stores.md", "asgi-and-streaming.md", "guarantees.md"])
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the page on limits, where its policies look for it."""
+    package, module = ModuleType("shop"), ModuleType("shop.limits")
+    exec(block("limits.md", "python", "def of_plan"), vars(module))
+    package.limits = module  # type: ignore[attr-defined]  # as an import would set it
+    monkeypatch.setitem(sys.modules, "shop", package)
+    monkeypatch.setitem(sys.modules, "shop.limits", module)
+    keys._import.cache_clear()
+    yield module
+    keys._import.cache_clear()
+
+
+def test_the_limits_of_the_page_on_limits(shop: Any, tmp_path: Path, limits: Limits) -> None:
+    (tmp_path / "policies.yaml").write_text(block("limits.md", "yaml", "per_key"))
+    limits(tmp_path / "policies.yaml")
+    config = conf.current()
+
+    def told(pk: int, plan: str, address: str = "203.0.113.9", pages: int = 0) -> dict[str, tuple[Any, Any]]:
+        request = RequestFactory().get("/", {"pages": pages}, REMOTE_ADDR=address)
+        request.user = SimpleNamespace(pk=pk, plan=plan, is_authenticated=True)  # type: ignore[assignment]  # all that is read
+        lease = Lease(request)
+        verdict = run(decide(request, lease, config.table.policies, {}, config))
+        lease.release()
+        assert verdict is not None
+        return {result.policy: (result.limit, result.in_flight) for result in verdict.concurrency.policies}
+
+    assert told(2, "free") == {"exports": (1, 1), "exports-shadow": (20, 1)}
+    assert told(2, "team", pages=250) == {"exports": (5, 3), "exports-shadow": (20, 1)}
+    assert told(2, "house")["exports"] == (None, 1)
+    assert told(42, "free")["exports"] == (50, 1)
+    assert told(7, "free")["exports"] == (None, 1)
+    assert list(told(1, "free")) == ["exports-shadow"]
+    assert list(told(2, "free", "10.1.2.3")) == ["exports-shadow"]
+
+
+@pytest.fixture
+def holding(tmp_path: Path, limits: Limits) -> dict[str, Any]:
+    """The page on `hold`."""
+    (tmp_path / "policies.yaml").write_text(block("hold.md", "yaml", "report-exports"))
+    limits(tmp_path / "policies.yaml")
+    names: dict[str, Any] = {"done": []}
+    exec(block("hold.md", "python", "nightly_export"), names)
+    exec(block("hold.md", "python", "hand_over"), names)
+    return names
+
+
+def test_the_task_and_the_consumer_of_the_page_on_hold(holding: dict[str, Any]) -> None:
+    assert holding["nightly_export"](42) == "exported"
+    assert asyncio.run(holding["consumer"](42)) == 2
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(holding["hold"]("report-exports", key="user:42"))
+        assert holding["nightly_export"](42) == "later: full, 5 of 5"
+    assert held() == []
+
+
+def test_the_view_that_hands_over_of_the_page_on_hold(holding: dict[str, Any]) -> None:
+    view = concurrency_limit(policy="report-exports", key="global")(holding["export"])
+    assert view(_asking()).status_code == 202
+    assert wait_until(lambda: holding["done"] == ["global"])
+    assert wait_until(lambda: held() == [])
+
+
+@pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md")))
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (DOCS / page).read_text()):
         file, _, anchor = target.partition("#")
-        text = (DOCS / (file or page)).read_text()
+        text = (DOCS / (file or page)).resolve().read_text()
         headings = {
             re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
             for line in text.splitlines()

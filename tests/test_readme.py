@@ -62,6 +62,7 @@ urlpatterns = [
     path("dashboard/", views.Dashboard.as_view(), name="dashboard"),
     path("health/", views.health, name="health"),
     path("status/", views.status, name="status"),
+    path("start/", views.start, name="start"),
 ]
 
 asked, answers = [], []
@@ -88,6 +89,13 @@ client = Client()
 for path in ("/decorated/", "/big/", "/dashboard/", "/health/"):
     assert client.get(path).status_code == 200, path
 print(client.get("/status/").content.decode())
+assert client.get("/start/").status_code == 202
+import site_views
+from django_concurrency_mw.backends import snapshot_all
+assert len(snapshot_all()) == 1
+site_views.task(site_views.given[0])
+site_views.nightly()
+assert not snapshot_all()
 assert client.get("/reports/export/").status_code == 200
 statuses = [response.status_code for response in site_urls.answers]
 assert statuses == [429, 200, 200, 200, 200], statuses
@@ -108,7 +116,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "site_settings.py").write_text(SETTINGS + block("python", "INSTALLED_APPS +="))
     (folder / "policies.yaml").write_text(block("yaml", "report-exports"))
     (folder / "site_views.py").write_text(
-        block("python", "def export(request)") + block("python", "def status(request)")
+        block("python", "def export(request)")
+        + block("python", "def status(request)")
+        + block("python", "hand_over()")
+        + "\ngiven = []\nlater = given.append\n"
     )
     (folder / "site_urls.py").write_text(URLS)
     (folder / "program.py").write_text(PROGRAM)
@@ -165,7 +176,7 @@ def test_the_settings_for_redis_are_good(tmp_path: Path, redis_server: RedisServ
 
 def test_every_snippet_has_been_run() -> None:
     """A new one is not printed without a test that runs it."""
-    assert (len(blocks("python")), len(blocks("yaml")), len(blocks("console"))) == (5, 1, 2)
+    assert (len(blocks("python")), len(blocks("yaml")), len(blocks("console"))) == (6, 1, 2)
 
 
 def test_both_commands_are_there_and_run() -> None:
