@@ -97,7 +97,7 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "a wrong value": (
         GOOD.replace("5", "ten"),
         f"4:21: {FIELD}max_concurrent: ",
-        "expected an integer >= 0, got 'ten'",
+        "expected an integer >= 0, null, or a dotted path such as 'shop.limits.of_plan', got 'ten'",
     ),
     "an empty value": (GOOD + "    ttl:\n", f"5:5: {FIELD}ttl: ", "got null"),
     "an unknown field": (GOOD + "    max_ages: 1\n", f"5:5: {FIELD}max_ages: ", "did you mean 'max_age'?"),
