@@ -1,4 +1,4 @@
-"""The pages on stores, streaming and hot reload keep their word: their snippets are run, and what they print is what there is."""
+"""The pages on stores, streaming and reloading keep their word: their snippets are run, and what they print is so."""
 
 from __future__ import annotations
 
