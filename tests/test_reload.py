@@ -247,6 +247,8 @@ class TestOneLook:
         hand.look()
         assert (hand.limit, said(caplog, logging.ERROR)) == (7, [])
         hand.file.unlink()
+        hand.look()
+        assert said(caplog, logging.ERROR) == [], "another moment"
         for _ in range(4):
             assert hand.look() == INTERVAL
         (line,) = said(caplog, logging.ERROR)
@@ -270,6 +272,23 @@ class TestOneLook:
             hand.look()
         assert len(said(caplog, logging.ERROR)) == 1
         assert hand.limit == 5
+
+    def test_no_error_of_ours_ends_them(self, hand: Hand, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*_: object) -> Any:
+            raise RuntimeError("of ours")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reload, "parse", fails)
+            hand.write(text(2))
+            for _ in range(3):
+                hand.look()
+            assert len(said(caplog, logging.ERROR)) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(hand.owner, "switch", fails)
+            hand.write(text(3))
+            with pytest.raises(RuntimeError):
+                hand.watch.look()
+        assert hand.waits == [reload.AGAIN, INTERVAL, INTERVAL, INTERVAL]
 
     def test_it_ends_with_its_owner(self, hand: Hand) -> None:
         hand.look()
