@@ -1,9 +1,16 @@
-"""The app: registers the system checks."""
+"""The app: registers the system checks, and tells runserver of the policy file."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from django.apps import AppConfig
+from django.conf import settings
 from django.core.checks import register
+from django.utils.autoreload import autoreload_started
 
 
 class ConcurrencyConfig(AppConfig):
@@ -25,3 +32,12 @@ class ConcurrencyConfig(AppConfig):
         register(checks.check_middleware, checks.TAG)
         register(checks.check_api_views, checks.TAG)
         register(checks.check_addresses, checks.TAG, deploy=True)
+        autoreload_started.connect(watch_policy_file, dispatch_uid="django_concurrency_mw")
+
+
+def watch_policy_file(sender: Any, **kwargs: Any) -> None:
+    """`runserver` starts anew when the policy file changes, as it does for a module."""
+    setting = getattr(settings, "CONCURRENCY_LIMIT", None)
+    source = setting.get("POLICIES") if isinstance(setting, Mapping) else None
+    if isinstance(source, (str, os.PathLike)):
+        sender.extra_files.add(Path(os.path.abspath(os.fsdecode(source))))

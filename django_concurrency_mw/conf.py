@@ -1,30 +1,37 @@
 """The settings: CONCURRENCY_LIMIT, checked as a whole and read in one place.
 
 `current()` is asked once per request and compares one object's identity, so that `override_settings` works at once, both
-ways. What is wrong with the settings and the table is raised together.
+ways. What is wrong with the settings and the table is raised together. With the first request of a process begins the watch
+over its policy file (RELOAD_INTERVAL), which replaces the configuration by one with the new table.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from django.conf import settings
 
-from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend
+from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, get_backend
 from .client import TrustedProxies
 from .exceptions import ConfigurationError, Problem, shown
+from .keys import callable_of
+from .keyspec import is_dotted_path
 from .loader import load_policies
-from .policies import PolicyTable
+from .policies import Policy, PolicyTable
+from .reload import Loaded, Watch, load
 
 SETTING = "CONCURRENCY_LIMIT"
 OnError = Literal["local", "allow", "deny"]
 Headers = Literal["rejected", "always", "never"]
 T = TypeVar("T")
+#: Seconds that RELOAD_INTERVAL may be.
+SHORTEST, LONGEST = 0.05, 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +47,117 @@ class Config:
     headers: Headers
     #: The stores in use, by the name that policies call them; filled at first use.
     stores: dict[str, BaseBackend] = field(default_factory=dict)
+    #: Seconds between two looks at the policy file; None: never.
+    reload_interval: float | None = None
+    #: What the table was read from, where that is a file.
+    loaded: Loaded | None = None
 
 
 _NONE: Mapping[str, Any] = {}
+#: The setting and what it says, in a process that uses it; the watch over its file, if there is one.
 _current: tuple[object, Config] | None = None
+_watch: Watch | None = None
+#: The same, compiled by a process that may be about to fork, or inherited by a fork from one that used it.
+_prepared: tuple[object, Config] | None = None
+#: Held by whoever changes these. An RLock: a garbage collection inside may end a response, which asks for `current()`.
+_changing = threading.RLock()
 
 
 def current() -> Config:
     """The configuration in force. Raises: ConfigurationError with everything that is wrong with it."""
-    global _current
-    raw = getattr(settings, SETTING, _NONE)
+    raw = _raw()
     known = _current
     if known is not None and known[0] is raw:
         return known[1]
-    config = compile_settings(raw)
-    _current = (raw, config)
-    return config
+    return _begin(raw)
+
+
+def prepare() -> None:
+    """Compile the configuration, and start no thread: a server that loads the site before it forks has none.
+
+    Raises: ConfigurationError with everything that is wrong with it.
+    """
+    global _prepared
+    raw = _raw()
+    with _changing:
+        if _known(raw) is None:
+            _prepared = (raw, compile_settings(raw))
+
+
+def _raw() -> object:
+    return getattr(settings, SETTING, _NONE)
+
+
+def _known(raw: object) -> Config | None:
+    return next((known[1] for known in (_current, _prepared) if known is not None and known[0] is raw), None)
+
+
+def _begin(raw: object) -> Config:
+    """This setting is in force in this process from now on, and its file is watched; no other is any more."""
+    global _current, _prepared, _watch
+    with _changing:
+        if _current is not None and _current[0] is raw:  # another thread was first
+            return _current[1]
+        config = _known(raw) or compile_settings(raw)
+        if _watch is not None:
+            _watch.stop()
+        _current, _prepared, _watch = (raw, config), None, None
+        if config.loaded is not None and config.reload_interval is not None:
+            _watch = Watch(config.loaded, config.reload_interval, _Owner(raw), _changing)
+            _watch.look()  # at once: the file may have changed since the process that this one was forked from read it
+        return _current[1]
+
+
+def _forked() -> None:
+    """A child has no watch, and what it inherits was read a while ago: its first request begins anew."""
+    global _current, _prepared, _watch, _changing
+    _prepared = _current or _prepared
+    _current = _watch = None
+    _changing = threading.RLock()  # a thread that is not in the child may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+class _Owner:
+    """What the watch over a setting's policy file has to do with the configuration."""
+
+    def __init__(self, raw: object) -> None:
+        self._raw = raw
+
+    def table(self) -> PolicyTable | None:
+        """The table in force; None where the setting is gone, which has to be begun anew when it comes back."""
+        global _current, _watch
+        if _current is None or _current[0] is not self._raw:
+            return None
+        if _raw() is not self._raw:
+            _current = _watch = None
+            return None
+        return _current[1].table
+
+    def problems(self, table: PolicyTable) -> list[Problem]:
+        """What requests would find out: stores and dotted paths that are not there."""
+        assert _current is not None
+        config = _current[1]
+        return [problem for policy in table for problem in _unusable(policy, config)]
+
+    def switch(self, table: PolicyTable, loaded: Loaded) -> None:
+        """The new table is in force; the stores, and what they count, stay."""
+        global _current
+        assert _current is not None
+        _current = (self._raw, replace(_current[1], table=table, loaded=loaded))
+
+
+def _unusable(policy: Policy, config: Config) -> Iterable[Problem]:
+    uses: list[Callable[[], object]] = [partial(get_backend, policy.backend, config.backends)]
+    when = policy.when if is_dotted_path(policy.when) else None
+    named = (policy.key.function, when, policy.max_concurrent, policy.cost, policy.response_callback)
+    uses += [partial(callable_of, path) for path in named if isinstance(path, str)]
+    for use in uses:
+        try:
+            use()
+        except Exception as error:  # a store or a module of the project's may fail in any way
+            yield Problem(policy.place, f"policy {policy.name}: {error}")
 
 
 def compile_settings(raw: object) -> Config:
@@ -64,14 +166,17 @@ def compile_settings(raw: object) -> Config:
         raise ConfigurationError([Problem(SETTING, f"expected a dictionary, got {type(raw).__name__}")])
     reader = _Reader(raw)
     reader.refuse_unknown(raw, SETTING, _KNOWN)
+    table, loaded = reader.table()
     config = Config(
         enabled=reader.read("ENABLED", True, _boolean),
         backends=reader.read("BACKENDS", None, _backends),
-        table=reader.table(),
+        table=table,
         on_backend_error=reader.read("ON_BACKEND_ERROR", "local", _one_of("local", "allow", "deny")),
         trusted=reader.read("TRUSTED_PROXIES", (), _trusted),
         client_header=reader.read("CLIENT_IP_HEADER", "X-Forwarded-For", _header),
         headers=reader.read("HEADERS", "rejected", _one_of("rejected", "always", "never")),
+        reload_interval=reader.read("RELOAD_INTERVAL", None, _interval),
+        loaded=loaded,
     )
     if reader.problems:
         raise ConfigurationError(reader.problems)
@@ -100,24 +205,25 @@ class _Reader:
             self.problems += [Problem(f"{SETTING}[{name!r}]{path}", message) for path, message in wrong.found]
             return None
 
-    def table(self) -> PolicyTable:
+    def table(self) -> tuple[PolicyTable, Loaded | None]:
+        """The table, and the file that it was read from, if that is what it was."""
         source = self.raw.get("POLICIES")
         if source is None:
-            return PolicyTable(())
+            return PolicyTable(()), None
         if not isinstance(source, (str, os.PathLike, Mapping)):
             self.problems.append(
                 Problem(f"{SETTING}['POLICIES']", f"expected a path or a dictionary, got {type(source).__name__}")
             )
-            return PolicyTable(())
+            return PolicyTable(()), None
         try:
-            return load_policies(source)
+            return (load_policies(source), None) if isinstance(source, Mapping) else load(source)
         except ConfigurationError as error:
             self.problems += error.problems
-            return PolicyTable(())
+            return PolicyTable(()), None
 
     def refuse_unknown(self, raw: Mapping[Any, Any], place: str, known: tuple[str, ...]) -> None:
         for name in raw:
-            if name == "MAX_SYNC_WAITERS" or (name == "RELOAD_INTERVAL" and raw[name] is not None):
+            if name == "MAX_SYNC_WAITERS":
                 self.problems.append(
                     Problem(f"{place}[{name!r}]", f"{name} is not carried out by this version yet; remove it")
                 )
@@ -156,6 +262,14 @@ def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Wrong(f"expected True or False, got {_said(value)}")
     return value
+
+
+def _interval(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not SHORTEST <= value <= LONGEST:
+        raise _Wrong(f"expected None or seconds from {SHORTEST} to {LONGEST}, got {_said(value)}")
+    return float(value)
 
 
 def _one_of(*words: str) -> Callable[[Any], str]:

@@ -10,7 +10,7 @@ import asyncio
 import re
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial, wraps
 from inspect import isawaitable
 from itertools import count
@@ -21,7 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
-from . import conf
+from . import conf, reload
 from .drivers import arun, run
 from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
 from .fields import override
@@ -31,7 +31,7 @@ from .lease import Lease
 from .lifetime import afinish, finish, release_cancelled
 from .limiter import MARK, admit, conclude, join, leave
 from .outcomes import NOT_LIMITED
-from .policies import Policy
+from .policies import Policy, PolicyTable
 from .steps import Steps
 
 V = TypeVar("V", bound=Callable[..., Any])
@@ -115,6 +115,7 @@ class Limit:
             override(None, name or "view", given, place)
         else:
             override(_ANY, policy, given, place)
+            reload.used(policy, place)
         self._by_name: dict[str, Policy] = {}
         self._names: dict[tuple[type, str, int], str] = {}
         self._from_table: tuple[object, Policy] | None = None
@@ -134,14 +135,24 @@ class Limit:
             return self._table_policy(config)
         name = self.name or default_name
         if config.table.get(name) is not None:
-            raise ImproperlyConfigured(
-                f"{self.place}: @concurrency_limit: {name!r} is the name of a policy of the table; use policy={name!r} to "
-                "start from it, or give another name="
-            )
+            raise ImproperlyConfigured(f"{self.place}: {_taken(name)}")
         found = self._by_name.get(name)
         if found is None:
             found = self._by_name[name] = override(None, name, self.given, self.place)
         return found
+
+    def problems(self, table: PolicyTable) -> Iterator[Problem]:
+        """What requests would find out if this were the table."""
+        if self.policy_name is not None:
+            base = table.get(self.policy_name)
+            try:
+                _ = base is not None and override(base, base.name, self.given, self.place)
+            except DecoratorUsageError as error:
+                yield from error.problems
+            return
+        # A default name is a dotted path; the system checks ask under others.
+        names = [self.name] if self.name is not None else [name for name in list(self._by_name) if "." in name]
+        yield from (Problem(self.place, _taken(name)) for name in names if table.get(name) is not None)
 
     def name_on(self, instance: object, method: str, number: int) -> str:
         """The default name on a method of this instance's class; remembered, as the view is made anew on every request."""
@@ -167,6 +178,29 @@ class Limit:
         policy = override(base, base.name, self.given, self.place)
         self._from_table = (config, policy)
         return policy
+
+
+def _problems(table: PolicyTable) -> list[Problem]:
+    """What is wrong with a table, by the decorators that there are."""
+    return [problem for limit in _alive() for problem in limit.problems(table)]
+
+
+reload.ask(_problems)
+
+
+def _alive() -> list[Limit]:
+    while True:
+        try:
+            return list(limits)
+        except RuntimeError:  # another thread has just made one
+            continue
+
+
+def _taken(name: str) -> str:
+    return (
+        f"@concurrency_limit: {name!r} is the name of a policy of the table; use policy={name!r} to start from it, or give "
+        "another name="
+    )
 
 
 class _Guard:

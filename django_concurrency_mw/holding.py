@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import conf
+from . import conf, reload
 from .claiming import claim
 from .drivers import arun, run
 from .exceptions import ConcurrencyLimitExceeded, did_you_mean, shown
@@ -130,6 +130,7 @@ class Hold:
                 f"hold: no policy {self._name!r} in CONCURRENCY_LIMIT['POLICIES']"
                 + did_you_mean(self._name, (known.name for known in config.table))
             )
+        reload.used(policy.name, "hold()")
         if self._key is None and policy.key.kind != "global":
             raise TypeError(
                 f"hold: policy {policy.name} counts by {policy.key.text!r}; give key=, such as key='user:42'"

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -127,6 +127,12 @@ class Keeper:
         with self._starting:
             heappush(self._calls, (due, next(self._numbers), call))
         self._wake_at(due)
+
+    def cancel(self, call: Callable[[], None]) -> None:
+        """Do not make this call, which `at` was told of."""
+        with self._starting:
+            self._calls = [entry for entry in self._calls if entry[2] != call]
+            heapify(self._calls)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -39,10 +39,38 @@ def load_policies(source: str | os.PathLike[str] | Mapping[Any, Any], *, label: 
     """
     if isinstance(source, Mapping):
         return _Reader(_Setting(label or SETTING)).table(source)
-    path = os.fspath(source)
-    label = label or _label(path)
-    document = load_yaml(_read(path, label), label)
+    label = label or label_of(source)
+    return parse(read(source, label), label)
+
+
+def parse(content: bytes, label: str) -> PolicyTable:
+    """The table that a file of this content describes. Raises: ConfigurationError with every problem."""
+    document = load_yaml(content, label)
     return _Reader(_File(label, document), list(document.problems)).table(document.data)
+
+
+def label_of(source: str | os.PathLike[str]) -> str:
+    """The path as problems show it: relative to the working directory where it lies below."""
+    shown_path = os.fsdecode(source)
+    try:
+        relative = os.path.relpath(shown_path)
+    except (OSError, ValueError):
+        return shown_path
+    return shown_path if relative.startswith(os.pardir) else relative
+
+
+def read(path: str | os.PathLike[str], label: str) -> bytes:
+    """The file's content. Raises: ConfigurationError where it cannot be read, or is too long."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(SIZE_LIMIT + 1)
+    except OSError as error:
+        raise ConfigurationError([Problem(label, f"cannot be read: {error.strerror or error}")]) from error
+    except ValueError as error:  # a NUL in the path
+        raise ConfigurationError([Problem(shown(label), f"cannot be read: {error}")]) from error
+    if len(content) > SIZE_LIMIT:
+        raise ConfigurationError([Problem(label, f"cannot be read: larger than {SIZE_LIMIT:,} bytes")])
+    return content
 
 
 class _Places(Protocol):
@@ -148,26 +176,3 @@ class _Reader:
 def _unknown_at_top(name: object) -> str:
     near = did_you_mean(str(name), _TOP_LEVEL) or "; known are version, defaults and policies."
     return f"unknown name{near} Names of your own start with x-"
-
-
-def _label(path: str) -> str:
-    """The path as problems show it: relative to the working directory where it lies below."""
-    shown_path = os.fsdecode(path)
-    try:
-        relative = os.path.relpath(shown_path)
-    except (OSError, ValueError):
-        return shown_path
-    return shown_path if relative.startswith(os.pardir) else relative
-
-
-def _read(path: str, label: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(SIZE_LIMIT + 1)
-    except OSError as error:
-        raise ConfigurationError([Problem(label, f"cannot be read: {error.strerror or error}")]) from error
-    except ValueError as error:  # a NUL in the path
-        raise ConfigurationError([Problem(shown(label), f"cannot be read: {error}")]) from error
-    if len(content) > SIZE_LIMIT:
-        raise ConfigurationError([Problem(label, f"cannot be read: larger than {SIZE_LIMIT:,} bytes")])
-    return content

@@ -32,7 +32,7 @@ class ConcurrencyLimitMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         self.get_response = get_response
-        conf.current()
+        conf.prepare()
         # Django adapts process_view to the handler's mode and __call__ to get_response's: both have to be of one kind.
         self.is_async = iscoroutinefunction(get_response)
         if self.is_async:

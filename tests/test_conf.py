@@ -50,7 +50,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             "CLIENT_IP_HEADER": "HTTP_X_REAL_IP",
             "HEADERS": True,
             "MAX_SYNC_WAITERS": 4,
-            "RELOAD_INTERVAL": 2,
+            "RELOAD_INTERVAL": "2",
             "POLCIES": {},
         }
     )
@@ -119,7 +119,14 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ("POLICIES", 5, "", "expected a path or a dictionary, got int"),
         ("MAX_SYNC_WAITERS", 4, "", "MAX_SYNC_WAITERS is not carried out by this version yet; remove it"),
         ("MAX_SYNC_WAITERS", None, "", "MAX_SYNC_WAITERS is not carried out by this version yet; remove it"),
-        ("RELOAD_INTERVAL", 0, "", "RELOAD_INTERVAL is not carried out by this version yet; remove it"),
+        ("RELOAD_INTERVAL", 0, "", "expected None or seconds from 0.05 to 86400, got 0"),
+        ("RELOAD_INTERVAL", 0.049, "", "got 0.049"),
+        ("RELOAD_INTERVAL", -1, "", "got -1"),
+        ("RELOAD_INTERVAL", True, "", "got True"),
+        ("RELOAD_INTERVAL", "2", "", "got '2'"),
+        ("RELOAD_INTERVAL", float("nan"), "", "got nan"),
+        ("RELOAD_INTERVAL", float("inf"), "", "got inf"),
+        ("RELOAD_INTERVAL", 86_401, "", "got 86401"),
     ],
 )
 def test_what_is_wrong_has_its_place_and_its_cure(name: Any, value: Any, place: str, message: str) -> None:
@@ -158,6 +165,7 @@ def test_the_defaults() -> None:
     assert (config.trusted.networks, config.trusted.unix) == ((), False)
     assert config.client_header == "HTTP_X_FORWARDED_FOR"
     assert config.headers == "rejected"
+    assert config.reload_interval is None
     assert len(config.table) == 0
     assert (
         conf.compile_settings({"BACKENDS": None, "POLICIES": None, "RELOAD_INTERVAL": None}).backends == config.backends

@@ -196,6 +196,30 @@ def test_the_view_that_hands_over_of_the_page_on_hold(holding: dict[str, Any]) -
     assert wait_until(lambda: held() == [])
 
 
+def test_the_page_on_hot_reload_tells_what_the_log_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The settings as they are printed (but for the seconds), and both lines."""
+    caplog.set_level("INFO", "django_concurrency_mw")
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "policies.yaml"
+    exports = "policies:\n  report-exports:\n    key: user\n    max_concurrent: 5\n"
+    file.write_text(exports)
+    names: dict[str, Any] = {"BASE_DIR": tmp_path}
+    exec(block("reload.md", "python", "RELOAD_INTERVAL"), names)
+    settings = names["CONCURRENCY_LIMIT"]
+    assert conf.compile_settings(settings).reload_interval == 2
+    with override_settings(CONCURRENCY_LIMIT={**settings, "RELOAD_INTERVAL": 0.05}):
+        conf.current()
+        file.write_text(exports.replace("5", "five"))
+        assert wait_until(lambda: len(caplog.messages) == 1)
+        file.write_text(exports.replace("5", "4") + "  partners: {key: ip, max_concurrent: 3}\n")
+        assert wait_until(lambda: len(caplog.messages) == 2)
+    wrong, right = caplog.messages
+    assert wrong == block("reload.md", "text", "not reloaded").strip()
+    assert right == block("reload.md", "text", "reloaded: added").strip()
+
+
 @pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md")))
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (DOCS / page).read_text()):
