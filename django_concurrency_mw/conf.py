@@ -7,6 +7,7 @@ ways. What is wrong with the settings and the table is raised together.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from django.conf import settings
 
-from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend
+from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, worker_suffix
 from .client import TrustedProxies
 from .exceptions import ConfigurationError, Problem, shown
 from .loader import load_policies
@@ -44,6 +45,15 @@ class Config:
 
 _NONE: Mapping[str, Any] = {}
 _current: tuple[object, Config] | None = None
+
+
+def _forked() -> None:
+    global _current
+    if "django.test.runner" in sys.modules:  # a worker of its parallel runner, whose number is told after the fork
+        _current = None
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def current() -> Config:
@@ -215,7 +225,7 @@ def _header(value: Any) -> str:
 
 def _backends(value: Any) -> Mapping[str, BackendConfig]:
     if value is None:
-        return {"default": BackendConfig(alias="default", backend=DEFAULT_BACKEND)}
+        return {"default": BackendConfig("default", DEFAULT_BACKEND, key_prefix=DEFAULT_PREFIX + worker_suffix())}
     if not isinstance(value, Mapping) or not value:
         raise _Wrong(
             "expected a dictionary of aliases such as {'default': {'BACKEND': 'redis'}}, got "
@@ -246,4 +256,4 @@ def _backend(alias: Any, entry: Any) -> BackendConfig:
         found.append(("['OPTIONS']", f"expected a dictionary, got {type(options).__name__}"))
     if found:
         raise _Wrong(several=found)
-    return BackendConfig(alias, str(backend), entry.get("LOCATION"), str(prefix), options or {})
+    return BackendConfig(alias, str(backend), entry.get("LOCATION"), f"{prefix}{worker_suffix()}", options or {})
