@@ -22,7 +22,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from . import backends, conf
-from .backends import DEFAULT_PREFIX, BaseBackend
+from .backends import DEFAULT_PREFIX, BaseBackend, worker_suffix
 from .backends.base import settings_module
 from .decorators import limits
 from .exceptions import ConfigurationError
@@ -134,7 +134,9 @@ def check_deployed_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMe
         )
     module = settings_module().partition(".")[0]
     common = not module or module in COMMON_NAMES
-    if common and any(one.key_prefix == DEFAULT_PREFIX and "path" not in one.options for one in hosts):
+    if common and any(
+        one.key_prefix == DEFAULT_PREFIX + worker_suffix() and "path" not in one.options for one in hosts
+    ):
         messages.append(
             Warning(
                 f"The store 'host' counts together with every site of this user whose settings module and KEY_PREFIX are "

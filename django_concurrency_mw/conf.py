@@ -8,6 +8,7 @@ over its policy file (RELOAD_INTERVAL), which replaces the configuration by one 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from django.conf import settings
 
-from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, get_backend
+from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, get_backend, worker_suffix
 from .client import TrustedProxies
 from .exceptions import ConfigurationError, Problem, shown
 from .keys import callable_of
@@ -112,6 +113,8 @@ def _forked() -> None:
     """A child has no watch, and what it inherits was read a while ago: its first request begins anew."""
     global _current, _prepared, _watch, _changing
     _prepared = _current or _prepared
+    if "django.test.runner" in sys.modules:  # a worker of its parallel runner, whose number is told after the fork
+        _prepared = None
     _current = _watch = None
     _changing = threading.RLock()  # a thread that is not in the child may have held it
 
@@ -329,7 +332,7 @@ def _header(value: Any) -> str:
 
 def _backends(value: Any) -> Mapping[str, BackendConfig]:
     if value is None:
-        return {"default": BackendConfig(alias="default", backend=DEFAULT_BACKEND)}
+        return {"default": BackendConfig("default", DEFAULT_BACKEND, key_prefix=DEFAULT_PREFIX + worker_suffix())}
     if not isinstance(value, Mapping) or not value:
         raise _Wrong(
             "expected a dictionary of aliases such as {'default': {'BACKEND': 'redis'}}, got "
@@ -360,4 +363,4 @@ def _backend(alias: Any, entry: Any) -> BackendConfig:
         found.append(("['OPTIONS']", f"expected a dictionary, got {type(options).__name__}"))
     if found:
         raise _Wrong(several=found)
-    return BackendConfig(alias, str(backend), entry.get("LOCATION"), str(prefix), options or {})
+    return BackendConfig(alias, str(backend), entry.get("LOCATION"), f"{prefix}{worker_suffix()}", options or {})

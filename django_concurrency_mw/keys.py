@@ -315,6 +315,14 @@ def limits_of(policy: Policy) -> Mapping[bytes, int | None]:
     return found
 
 
+def written(policy: Policy, text: str) -> tuple[Key, ...]:
+    """The keys that this text stands for: one, but two where a header's or session's raw value may be a digest already."""
+    raw = _with_digest(policy.key, text)
+    return tuple(make_key(one) for one in ((raw, text) if raw != text and _DIGEST.search(text) else (raw,)))
+
+
+#: What `digest_text` makes.
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 #: Compiled at first sight.
 _per_key: WeakKeyDictionary[Policy, Mapping[bytes, int | None]] = WeakKeyDictionary()
 

@@ -23,6 +23,7 @@ from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import decide
 from django_concurrency_mw.loader import load_policies
 
+from .conftest import Run
 from .redis_server import RedisServer
 from .support import Limits, wait_until
 from .views import held
@@ -245,3 +246,60 @@ def test_every_proof_of_the_page_on_guarantees_is_there() -> None:
 def test_the_rights_of_the_page_on_stores_are_those_that_a_check_names() -> None:
     named = PERMISSIONS.split("* ", 1)[1]
     assert named in block("stores.md", "text", "ACL SETUSER")
+
+
+SITE = """
+from django.http import HttpResponse
+from django.urls import include, path
+
+SECRET_KEY = "docs"
+ROOT_URLCONF = __name__
+ALLOWED_HOSTS = ["*"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "django.contrib.sessions"]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware",
+]
+CONCURRENCY_LIMIT = {
+    "POLICIES": {"policies": {"report-exports": {"url_names": ["reports:*"], "key": "user", "max_concurrent": 5}}},
+    "BACKENDS": {"default": {"BACKEND": "memory"}},
+}
+reports = [path("export/", lambda request: HttpResponse(), name="export")]
+urlpatterns = [path("reports/", include((reports, "reports")))]
+"""
+LEAVES_ONE = """
+
+left = hold_slots("report-exports", "user:42")
+
+
+def test_leaves_one():
+    left.__enter__()
+
+
+@pytest.fixture
+def user(db, django_user_model):
+    return django_user_model.objects.create_user("ada")
+"""
+
+
+def test_the_test_and_the_fixture_of_the_page_on_testing_work(tmp_path: Path, run_python: Run, root: Path) -> None:
+    """Run as they are printed; a test that leaves a slot behind gets the message that is printed."""
+    (tmp_path / "docs_settings.py").write_text(SITE)
+    snippets = [block("testing.md", "python", "with hold_slots"), block("testing.md", "python", "pytest.fixture")]
+    (tmp_path / "test_page.py").write_text("\n".join([*snippets, LEAVES_ONE]))
+    result = run_python(
+        *("-m", "pytest", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path),
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{root}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "docs_settings"},
+    )
+    assert "2 passed, 1 error" in result.stdout, result.stdout + result.stderr
+    printed = block("testing.md", "text", "slot is held").splitlines()
+    said = re.search(
+        r"AssertionError: (1 slot is held:)\nE +(policy report-exports, key 'user:42', for) ", result.stdout
+    )
+    assert said is not None, result.stdout
+    assert printed[0] == said[1]
+    assert printed[1].strip().startswith(said[2])

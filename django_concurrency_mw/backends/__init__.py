@@ -11,7 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from ..exceptions import did_you_mean
-from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder, has_host
+from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder, has_host, worker_suffix
 
 __all__ = [
     "DEFAULT_BACKEND",
@@ -22,6 +22,7 @@ __all__ = [
     "Holder",
     "get_backend",
     "snapshot_all",
+    "worker_suffix",
 ]
 
 #: The short names of BACKEND.
@@ -59,7 +60,7 @@ def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:
         if len(same_kind) == 1:
             config = same_kind[0]
         elif name in SHORT_NAMES or name in LATER or "." in name:
-            config = BackendConfig(alias=name, backend=name)
+            config = BackendConfig(alias=name, backend=name, key_prefix=DEFAULT_PREFIX + worker_suffix())
         else:
             raise ImproperlyConfigured(
                 f"unknown backend {name!r}: CONCURRENCY_LIMIT['BACKENDS'] has {', '.join(map(repr, configs))}, and "

@@ -39,6 +39,14 @@ def has_host() -> bool:
     return sys.platform == "linux" and struct.calcsize("P") == 8
 
 
+def worker_suffix() -> str:
+    """What sets this process's semaphores apart in a parallel test run: "-gw0" for a worker of pytest-xdist, "-1" for one of
+    Django's test runner; empty everywhere else. Programs that a worker of pytest-xdist starts inherit its suffix."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    number = getattr(sys.modules.get("django.test.runner"), "_worker_id", 0)
+    return (f"-{worker}" if worker else "") + (f"-{number}" if number else "")
+
+
 def settings_module() -> str:
     """The name of the site's settings module; empty where the settings come from no module."""
     return os.environ.get("DJANGO_SETTINGS_MODULE") or str(getattr(settings, "SETTINGS_MODULE", None) or "")

@@ -15,7 +15,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import Full, Slot, Taken, TakeReply
-from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message, has_host
+from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message, has_host, worker_suffix
 from .access import Access, Inside
 from .layout import DEFAULT_CELLS, EVICTED, FEWEST_CELLS, FREE, HELD, MOST_CELLS, Layout, Named, named, rounded
 from .opening import default_path
@@ -258,7 +258,7 @@ def _options(options: Mapping[str, Any], place: str) -> tuple[Path | None, int]:
         raise ImproperlyConfigured(
             f"{place}['slots']: expected an integer from {FEWEST_CELLS} to {MOST_CELLS}, got {shown(slots)}"
         )
-    return None if path is None else Path(path), rounded(slots)
+    return None if path is None else Path(f"{Path(path)}{worker_suffix()}"), rounded(slots)
 
 
 _stores: weakref.WeakSet[HostBackend] = weakref.WeakSet()
