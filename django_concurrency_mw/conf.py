@@ -8,7 +8,6 @@ over its policy file (RELOAD_INTERVAL), which replaces the configuration by one 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +51,8 @@ class Config:
     reload_interval: float | None = None
     #: What the table was read from, where that is a file.
     loaded: Loaded | None = None
+    #: What the prefixes end with, in a worker of a parallel test run.
+    suffix: str = ""
 
 
 _NONE: Mapping[str, Any] = {}
@@ -90,7 +91,9 @@ def _raw() -> object:
 
 
 def _known(raw: object) -> Config | None:
-    return next((known[1] for known in (_current, _prepared) if known is not None and known[0] is raw), None)
+    # Django's parallel test runner tells its workers their numbers after the fork.
+    known = [config for setting, config in filter(None, (_current, _prepared)) if setting is raw]
+    return next((config for config in known if config.suffix == worker_suffix()), None)
 
 
 def _begin(raw: object) -> Config:
@@ -113,8 +116,6 @@ def _forked() -> None:
     """A child has no watch, and what it inherits was read a while ago: its first request begins anew."""
     global _current, _prepared, _watch, _changing
     _prepared = _current or _prepared
-    if "django.test.runner" in sys.modules:  # a worker of its parallel runner, whose number is told after the fork
-        _prepared = None
     _current = _watch = None
     _changing = threading.RLock()  # a thread that is not in the child may have held it
 
@@ -180,6 +181,7 @@ def compile_settings(raw: object) -> Config:
         headers=reader.read("HEADERS", "rejected", _one_of("rejected", "always", "never")),
         reload_interval=reader.read("RELOAD_INTERVAL", None, _interval),
         loaded=loaded,
+        suffix=worker_suffix(),
     )
     if reader.problems:
         raise ConfigurationError(reader.problems)
