@@ -20,6 +20,8 @@ from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpRe
 from django.urls import path
 from django.utils.decorators import sync_and_async_middleware
 
+from django_concurrency_mw import hold
+
 Answer = Callable[[HttpRequest], Any]
 
 
@@ -133,6 +135,24 @@ def fork(request: HttpRequest) -> HttpResponse:
     return HttpResponse("done")
 
 
+def hand_over(request: HttpRequest) -> HttpResponse:
+    """Answers before the work is done, with the token; with `thread` the work is a thread's here, for so many ms."""
+    token = request.concurrency.hand_over()  # type: ignore[attr-defined]  # ours sets it
+    if "thread" in request.GET:
+        seconds = float(request.GET["thread"]) / 1000
+
+        def work() -> None:
+            with hold(token):
+                sleep(seconds)
+
+        threading.Thread(target=work).start()
+    return HttpResponse(token, status=202)
+
+
+async def ahand_over(request: HttpRequest) -> HttpResponse:
+    return hand_over(request)
+
+
 def gauge(request: HttpRequest) -> HttpResponse:
     with count.lock:
         told = {"most": count.most, "admitted": count.admitted, "inside": count.inside, "pid": os.getpid()}
@@ -155,6 +175,8 @@ urlpatterns = [
     path("stream/", stream, name="limited-stream"),
     path("astream/", astream, name="limited-astream"),
     path("fork/", fork, name="limited-fork"),
+    path("hand-over/", hand_over, name="limited-hand-over"),
+    path("ahand-over/", ahand_over, name="limited-ahand-over"),
     path("spin/", spin, name="spin"),
     path("gauge/", gauge, name="gauge"),
     path("agauge/", agauge, name="agauge"),
