@@ -244,9 +244,7 @@ class MemoryBackend(BaseBackend):
             self._most = max(self._most, len(self._semaphores))
         held = semaphore.get(slot.token)
         if held is None:
-            semaphore.add(
-                slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost)
-            )
+            semaphore.add(slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost))
         else:  # asked again: its lease begins again, also a lapsed one
             held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)

@@ -96,9 +96,7 @@ class Keys:
             keys.append(key)
             limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
             asked = b"$1\r\n%d\r\n" % slot.block if slot.cost == 1 else bulk(b"%d" % (slot.block + 2 * (slot.cost - 1)))
-            arguments.append(
-                b"$%d\r\n%b\r\n$%d\r\n%b\r\n%b%b" % (len(limit), limit, len(lease), lease, asked, holder)
-            )
+            arguments.append(b"$%d\r\n%b\r\n$%d\r\n%b\r\n%b%b" % (len(limit), limit, len(lease), lease, asked, holder))
         return TAKE.call(keys, arguments, 4 * len(keys), whole=whole)
 
     def renew(self, slots: Sequence[tuple[Slot, float]], *, whole: bool = False) -> bytes:
