@@ -246,6 +246,14 @@ class TestAmongProcesses:
         assert count(host) == 1
         assert consistent(opened(host)) == []
 
+    def test_a_lapsed_one_that_nobody_has_swept_is_not_claimed(self, host: HostBackend) -> None:
+        old = slot("old", ttl=0.001)
+        host.take([old])
+        host.detach([old])
+        sleep(0.002)  # the clock alone tells that a lease is over
+        assert not host.claim([(old, slot("new"))])
+        assert cells(host) == 1
+
     def test_it_goes_with_its_lease(self, host: HostBackend, path: Path) -> None:
         host.take([slot("own")])
         died_with(path, [slot("kept", ttl=0.3)], [slot("kept", ttl=0.3)])
@@ -353,18 +361,18 @@ class TestTheFile:
         assert cells(host) == 1
         host.close()
 
-    @pytest.mark.parametrize("boot", ["another", "unknown", "unreadable"])
+    @pytest.mark.parametrize("boot", ["another", "unknown", "unreadable", "never known"])
     def test_it_does_not_outlive_the_machine(
         self, path: Path, tmp_path: Path, boot: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if boot == "unknown":  # by whoever made the file
+        if boot in ("unknown", "never known"):  # by whoever made the file
             monkeypatch.setattr(opening, "BOOT", str(tmp_path / "not there"))
         died_with(path, [slot("kept")], [slot("kept")])
         monkeypatch.undo()
         if boot == "another":
             (tmp_path / "boot_id").write_text("another one")
             monkeypatch.setattr(opening, "BOOT", str(tmp_path / "boot_id"))
-        elif boot == "unreadable":
+        elif boot in ("unreadable", "never known"):
             monkeypatch.setattr(opening, "BOOT", str(tmp_path / "not there"))
         host = made(path)
         assert count(host) == 0

@@ -263,7 +263,8 @@ def test_costs_are_entered_in_a_file_that_replaces_a_removed_one(tmp_path: Path)
 
 
 @pytest.fixture
-def make(redis_server: RedisServer, prefix: str) -> Iterator[Callable[[str], RedisBackend]]:
+def make(redis_server: RedisServer, proxy: Proxy, prefix: str) -> Iterator[Callable[[str], RedisBackend]]:
+    """Stores that have delivered all before the proxy stops."""
     made: list[RedisBackend] = []
 
     def make(url: str) -> RedisBackend:
@@ -273,6 +274,7 @@ def make(redis_server: RedisServer, prefix: str) -> Iterator[Callable[[str], Red
     yield make
     for store in made:
         store.close()
+        assert wait_until(lambda store=store: not store._delivering and not store._leftovers)
 
 
 def test_a_cost_of_1_is_on_the_wire_what_it_was() -> None:

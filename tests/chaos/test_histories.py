@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import redis
-from hypothesis import HealthCheck, assume
+from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -408,7 +408,7 @@ tokens = st.sampled_from(TOKENS)
 places = st.sampled_from(PLACES)
 leases = st.sampled_from(LEASES)
 pairs = st.builds(Pair, tokens, places)
-late = st.sampled_from(("give", "evict", "crowd", "take"))
+late = st.sampled_from(("give", "evict", "crowd", "take", "claim"))
 limits = st.sampled_from((0, 1, 2, 3, 4, 5, 13, 14, 27, UNLIMITED))
 wanted = st.builds(Wanted, places, limits, leases, st.booleans())
 
@@ -528,6 +528,8 @@ class Histories(RuleBasedStateMachine):
             self.evict(token)
             self.agree()
             self.evict(next(iter(self.others(token)), token))  # sweeps the tombstones
+        elif then == "claim":
+            self.claim([(pair, LEASES[1]) for pair, _ in short[:1]])
         elif then == "give":
             self.give_twice([pair for pair, _ in short])
 
@@ -545,9 +547,9 @@ class Histories(RuleBasedStateMachine):
         self.claim([(data.draw(st.sampled_from(self.held())), LEASES[1])])
 
     def claim(self, pairs: list[tuple[Pair, float]]) -> None:
-        """Nobody's heir is there before him, as a token is a new one."""
-        heirs = [Pair(HEIRS[token], place) for (token, place), _ in pairs]
-        assume(not any(heir.token in model.standing[heir.place] for heir in heirs for _, model in self.each))
+        """But for those whose heir is there before them: in truth his token is a new one."""
+        standing = [model.standing for _, model in self.each]
+        pairs = [one for one in pairs if not any(HEIRS[one[0].token] in there[one[0].place] for there in standing)]
         self.ask(lambda rig: rig.claim(pairs), lambda model, now: model.claim(pairs, now))
 
     @rule(token=tokens)

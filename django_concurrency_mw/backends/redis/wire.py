@@ -152,8 +152,7 @@ def member(slot: Slot) -> bytes:
     """The name of this holder in the sorted set. One that is made anew from what a slot says is the same."""
     return b"%b\n%d%b\n%b\n%b" % (
         slot.token.encode(),
-        # Rounded: the ms of a `since` that was carried elsewhere in ms are the same ms again, which int() does not make sure.
-        round(slot.since * 1000),
+        int(slot.since * 1000),
         b"" if slot.cost == 1 else b"x%d" % slot.cost,
         _text(slot.key.text),
         _text(slot.path),
