@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
+from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.host import access, layout, opening
 from django_concurrency_mw.backends.host import store as host_store
 from django_concurrency_mw.backends.host.layout import Header
@@ -245,6 +246,22 @@ class TestAmongProcesses:
         assert list(host.give([slot("new", cost=3)])) == [True]
         assert count(host) == 1
         assert consistent(opened(host)) == []
+
+    def test_who_holds_it_on_without_a_claim_is_not_counted_twice(self, host: HostBackend, path: Path) -> None:
+        """Where a claim fails, its process may go on with the old one, which is counted again when the store is back."""
+        old = slot("old", cost=2)
+        host.take([old])
+        host.detach([old])
+        other = made(path)
+        assert list(other.restore([Restore(carried(old), 100, float("inf"))])) == [True]
+        assert count(other) == 2
+        (holder,) = other.snapshot()
+        assert (holder.pid, holder.cost) == (os.getpid(), 2)
+        assert holder.lease_left > 90
+        assert list(other.give([carried(old)])) == [True]
+        assert count(other) == 0
+        assert consistent(opened(host)) == []
+        other.close()
 
     def test_a_lapsed_one_that_nobody_has_swept_is_not_claimed(self, host: HostBackend) -> None:
         old = slot("old", ttl=0.001)

@@ -270,8 +270,21 @@ class HostBackend(BaseBackend):
             self._known.pop((old.token, old.policy, old.key.digest), None)
         return True
 
+    def _adopt(self, table: Table, slots: Sequence[Slot], now: int) -> None:
+        """What was handed over, and is held on here without a claim, as that failed, must not be counted a second time."""
+        wanted = {}
+        for slot in slots:
+            known = (slot.token, slot.policy, slot.key.digest)
+            if known not in self._known:
+                wanted[_holder_name(*known)] = known
+        if wanted:
+            for name, place in table.find(wanted, now).items():
+                self._known[wanted[name]] = place
+                table.own(place)
+
     def _restore(self, table: Table, holders: Sequence[Restore], now: int) -> list[bool]:
         held = []
+        self._adopt(table, [holder.slot for holder in holders], now)
         for slot, seconds, until in holders:
             known = (slot.token, slot.policy, slot.key.digest)
             place, ttl = self._known.get(known), int(seconds * 1e9)

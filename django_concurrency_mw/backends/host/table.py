@@ -203,8 +203,15 @@ class Table:
 
     def disown(self, place: Place) -> None:
         """The cell is nobody's from now on, and lives to the end of its lease."""
+        self._belongs(place, NOBODY)
+
+    def own(self, place: Place) -> None:
+        """The cell is this process's from now on, and dies with it."""
+        self._belongs(place, self.number)
+
+    def _belongs(self, place: Place, owner: int) -> None:
         at = self._cells + place[0] * _CELL + _OWNER
-        self.words[at] = NOBODY << 32 | self.words[at] & WEIGHT_MASK
+        self.words[at] = owner << 32 | self.words[at] & WEIGHT_MASK
 
     def commit(self, places: Iterable[Place], state: int = HELD) -> list[int]:
         """From now on these cells, which were written last, are in use. Returns the totals of those that are held."""
