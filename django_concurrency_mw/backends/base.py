@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import time
 from typing import Any, ClassVar, Final, NamedTuple
 
 from django.conf import settings
@@ -55,6 +56,11 @@ def settings_module() -> str:
 def probe_slot() -> Slot:
     """A slot that says whether a store works."""
     return Slot(PROBE, Key(PROBE, bytes(16)), 1_000_000, 1.0, new_token())
+
+
+def age_of(slot: Slot) -> float:
+    """Seconds since a slot's `since`, for people; never less than 0, whatever the clock was set to meanwhile."""
+    return max(0.0, time() - slot.since)
 
 
 @dataclass(frozen=True, slots=True)

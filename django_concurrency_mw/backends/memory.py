@@ -18,7 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ..exceptions import BackendError
 from ..outcomes import Full, Slot, Taken, TakeReply
-from .base import BackendConfig, BaseBackend, Holder, Restore
+from .base import BackendConfig, BaseBackend, Holder, Restore, age_of
 
 #: Characters of key and path text that a holder keeps for people.
 TEXT_LIMIT = 200
@@ -27,27 +27,61 @@ SHRINK_FROM = 4096
 
 
 class _Held:
-    """One holder of one semaphore: its lease's end (monotonic seconds) and what people want to know of it."""
+    """One holder of one semaphore: its cost, its lease's end (monotonic seconds) and what people want to know of it."""
 
-    __slots__ = ("ends", "key", "path", "since")
+    __slots__ = ("cost", "ends", "key", "path", "since")
 
-    def __init__(self, since: float, ends: float, key: str, path: str) -> None:
-        self.since, self.ends, self.key, self.path = since, ends, key, path
+    def __init__(self, since: float, ends: float, key: str, path: str, cost: int) -> None:
+        self.since, self.ends, self.key, self.path, self.cost = since, ends, key, path, cost
 
 
 class _Semaphore(dict[str, _Held]):
-    """token -> holder. `earliest` is never later than the first lease's end: until then no look for lapsed ones is due."""
+    """token -> holder. `earliest` is never later than the first lease's end: until then no look for lapsed ones is due.
 
-    __slots__ = ("earliest",)
+    `_more` is what the holders cost beyond 1 each. It is None while that changes: an exception may come from anywhere, and
+    whoever finds None there adds it up.
+    """
+
+    __slots__ = ("_more", "earliest")
 
     def __init__(self) -> None:
         self.earliest = float("inf")
+        self._more: int | None = 0
+
+    def total(self) -> int:
+        """What is in flight, by cost."""
+        more = self._more
+        if more is None:
+            more = self._more = sum([held.cost - 1 for held in self.values()])
+        return len(self) + more
+
+    def add(self, token: str, held: _Held) -> None:
+        """Somebody who is not there yet."""
+        if held.cost == 1:
+            self[token] = held
+        else:
+            more, self._more = self._more, None
+            self[token] = held
+            self._more = None if more is None else more + held.cost - 1
+
+    def remove(self, token: str) -> _Held | None:
+        """Returns who it was."""
+        held = self.get(token)
+        if held is None:
+            return None
+        if held.cost == 1:
+            del self[token]
+        else:
+            more, self._more = self._more, None
+            del self[token]
+            self._more = None if more is None else more - held.cost + 1
+        return held
 
     def drop_lapsed(self, now: float) -> None:
         if self.earliest > now:
             return
         for token in [token for token, held in self.items() if held.ends <= now]:
-            del self[token]
+            self.remove(token)
         self.earliest = min((held.ends for held in self.values()), default=float("inf"))
 
 
@@ -78,6 +112,7 @@ class MemoryBackend(BaseBackend):
     supports_semaphores: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
     cancel_safe: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
@@ -143,6 +178,21 @@ class MemoryBackend(BaseBackend):
             self._drop_late()
             return [self._restore(holder, now) for holder in holders]
 
+    def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
+        now = monotonic()
+        with self._lock as alone:
+            if not alone:
+                raise BackendError("a claim inside another call, from a garbage collection", whole=False)
+            self._drop_late()
+            held = {(old.semaphore, old.token) for old, _ in slots if self._is_held(old, now)}
+            if len(held) < len(slots):
+                return False
+            for old, new in slots:  # the new one first: for a moment both are counted, never none
+                self._hold(new, now - age_of(new), now + new.ttl)
+                self._drop(old.semaphore, old.token)
+            self._drop_late()
+        return True
+
     def evict(self, token: str) -> bool:
         with self._lock:
             now = monotonic()
@@ -158,7 +208,7 @@ class MemoryBackend(BaseBackend):
         with self._lock:
             self._drop_late()
             return [
-                Holder(policy, held.key, token, now - held.since, held.ends - now, held.path)
+                Holder(policy, held.key, token, now - held.since, held.ends - now, held.path, cost=held.cost)
                 for (policy, _), semaphore in self._semaphores.items()
                 for token, held in semaphore.items()
                 if held.ends > now
@@ -174,26 +224,27 @@ class MemoryBackend(BaseBackend):
     def _fits(self, slot: Slot, now: float) -> bool:
         semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
-            return slot.limit > 0
-        if len(semaphore) < slot.limit or slot.token in semaphore:
+            return slot.cost <= slot.limit
+        room = slot.limit - slot.cost
+        if semaphore.total() <= room or slot.token in semaphore:
             return True
         semaphore.drop_lapsed(now)
         if not semaphore:
             self._discard(slot.semaphore)
-        return len(semaphore) < slot.limit
+        return semaphore.total() <= room
 
     def _count(self, name: tuple[str, bytes]) -> int:
         semaphore = self._semaphores.get(name)
-        return 0 if semaphore is None else len(semaphore)
+        return 0 if semaphore is None else semaphore.total()
 
-    def _hold(self, slot: Slot, now: float, ends: float) -> None:
+    def _hold(self, slot: Slot, since: float, ends: float) -> None:
         semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
             semaphore = self._semaphores[slot.semaphore] = _Semaphore()
             self._most = max(self._most, len(self._semaphores))
         held = semaphore.get(slot.token)
         if held is None:
-            semaphore[slot.token] = _Held(now, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT])
+            semaphore.add(slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost))
         else:  # asked again: its lease begins again, also a lapsed one
             held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)
@@ -202,7 +253,7 @@ class MemoryBackend(BaseBackend):
         semaphore = self._semaphores.get(name)
         if semaphore is None:
             return False
-        held = semaphore.pop(token, None)
+        held = semaphore.remove(token)
         if not semaphore:
             self._discard(name)
         return held is not None and held.ends > monotonic()
@@ -212,6 +263,11 @@ class MemoryBackend(BaseBackend):
         if self._most > SHRINK_FROM and len(self._semaphores) < self._most // 8:
             self._semaphores = dict(self._semaphores)
             self._most = len(self._semaphores)
+
+    def _is_held(self, slot: Slot, now: float) -> bool:
+        semaphore = self._semaphores.get(slot.semaphore)
+        held = None if semaphore is None else semaphore.get(slot.token)
+        return held is not None and held.ends > now
 
     def _renew(self, slot: Slot, now: float, ends: float) -> bool:
         semaphore = self._semaphores.get(slot.semaphore)

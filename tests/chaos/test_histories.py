@@ -27,7 +27,7 @@ from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis import store
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.keys import make_key
-from django_concurrency_mw.outcomes import Full, Slot, Taken, TakeReply
+from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot, Taken, TakeReply
 
 from ..redis_server import RedisServer
 from . import LONG
@@ -65,7 +65,10 @@ class Wanted(NamedTuple):
 
 #: One name begins like the other one, and all of them have what could be meant as a pattern or a separator.
 PLACES: Final = [Place(policy, key) for policy in ("a.b", "a.b-C_1") for key in ("user:7", "ip:::1 [ü]*")]
-TOKENS: Final = ("t-1", "t-11", "t-2", "t-3", "t-4")
+#: Each holder's cost, and who claims what he hands over, at the same cost. No holder's cost ever changes.
+COSTS: Final = {"t-1": 1, "u-1": 1, "t-11": 2, "t-2": 2, "t-3": 12, "u-3": 12}
+HEIRS: Final = {"t-1": "u-1", "u-1": "t-1", "t-11": "t-2", "t-2": "t-11", "t-3": "u-3", "u-3": "t-3"}
+TOKENS: Final = tuple(COSTS)
 PREFIX: Final = "chaos[1]*"
 #: Seconds. No lease of these ends within a history, and their keys outlive every lease that is made short.
 LEASES: Final = (100.0, 1_000.0, 10_000.0)
@@ -110,19 +113,22 @@ class Model:
         held = [self._has_room(token, one, now) for one in wanted]
         full = [one.block and not has_room for one, has_room in zip(wanted, held, strict=True)]
         if any(full):
-            return Full(tuple(full), tuple(len(self.standing[one.place]) for one in wanted))
+            return Full(tuple(full), tuple(self._count(one.place) for one in wanted))
         for one, has_room in zip(wanted, held, strict=True):
             if has_room:
                 self.standing[one.place][token] = now + one.ttl
-        return Taken(tuple(held), tuple(len(self.standing[one.place]) for one in wanted))
+        return Taken(tuple(held), tuple(self._count(one.place) for one in wanted))
+
+    def _count(self, place: Place) -> int:
+        return sum(COSTS[token] for token in self.standing[place])
 
     def _has_room(self, token: str, one: Wanted, now: float) -> bool:
         there = self.standing[one.place]
-        if token in there or len(there) < one.limit:
+        if token in there or self._count(one.place) + COSTS[token] <= one.limit:
             return True
         for lapsed in [other for other, ends in there.items() if ends <= now]:
             del there[lapsed]
-        return len(there) < one.limit
+        return self._count(one.place) + COSTS[token] <= one.limit
 
     def give(self, pairs: Sequence[Pair], now: float) -> list[bool]:
         held = [self.standing[place].pop(token, now) > now for token, place in pairs]
@@ -149,6 +155,14 @@ class Model:
         if back:
             there[pair.token] = now + seconds
         return back
+
+    def claim(self, pairs: Sequence[tuple[Pair, float]], now: float) -> bool:
+        if any(self.standing[place].get(token, now) <= now for (token, place), _ in pairs):
+            return False
+        for (token, place), seconds in pairs:
+            del self.standing[place][token]
+            self.standing[place][HEIRS[token]] = now + seconds
+        return True
 
     def evict(self, token: str, now: float) -> bool:
         ends = [there.pop(token) for there in self.standing.values() if token in there]
@@ -192,7 +206,10 @@ class Rig:
     def _new(self, pair: Pair, one: Wanted) -> Slot:
         # `since` is part of a holder's name in Redis.
         policy, key = pair.place
-        return Slot(policy, make_key(key), one.limit, one.ttl, pair.token, one.block, path_of(pair), since=1_000.0)
+        cost = COSTS[pair.token]
+        return Slot(
+            policy, make_key(key), one.limit, one.ttl, pair.token, one.block, path_of(pair), cost, since=1_000.0
+        )
 
     def take(self, token: str, wanted: Sequence[Wanted]) -> TakeReply:
         slots = []
@@ -221,6 +238,16 @@ class Rig:
                 [Restore(self.slot(pair), seconds, now + UNTIL[until]) for pair, seconds, until in holders]
             )
         )
+
+    def claim(self, pairs: Sequence[tuple[Pair, float]]) -> bool:
+        slots = []
+        for pair, seconds in pairs:
+            heir = Pair(HEIRS[pair.token], pair.place)
+            old = self._new(pair, Wanted(pair.place, 1, LEASES[0], True))  # made anew, as by another process
+            self._slots[heir] = self._new(heir, Wanted(pair.place, 0, seconds, True))
+            slots.append((old, self._slots[heir]))
+        self.backend.detach([old for old, _ in slots])
+        return self.backend.claim(slots)
 
     def lose(self) -> None:
         """The store loses all it knows."""
@@ -255,6 +282,7 @@ class MemoryRig(Rig):
             if tokens  # nobody's semaphore is no entry
         }
         for semaphore in self.backend._semaphores.values():
+            assert semaphore.total() == sum(COSTS[token] for token in semaphore)
             assert semaphore.earliest <= min(held.ends for held in semaphore.values()), (
                 "nobody would look for lapsed ones"
             )
@@ -301,8 +329,13 @@ class RedisRig(Rig):
         found: dict[Place, dict[str, float]] = {place: {} for place in PLACES}
         tombstones: dict[str, float] = {}
         for key, members, left in zip(keys, replies[::2], replies[1::2], strict=True):
+            holders = [member for member, _ in members if member.count(b"\n") != 1]
             ends = {member.split(b"\n")[0].decode(): (score - server) / 1000 for member, score in members}
-            assert len(ends) == len(members), f"a holder stands there twice: {members}"
+            assert len(ends) == len(holders), f"a holder stands there twice: {members}"
+            if key != self.tombstones:
+                assert len(members) == sum(COSTS[token] for token in ends), f"not all of a cost: {members}"
+                ends_of = {(member.split(b"\n")[0], score) for member, score in members}
+                assert len(ends_of) == len(ends), f"a part of a holder ends before the others: {members}"
             if key == self.tombstones:
                 tombstones = ends
             else:
@@ -357,8 +390,8 @@ FULL: Final = Full((True,), (0,))
 
 
 def compare_lists(snapshot: Sequence[Holder], held: dict[Pair, float]) -> None:
-    assert sorted((one.policy, one.key, one.token, one.path) for one in snapshot) == sorted(
-        (*pair.place, pair.token, path_of(pair)) for pair in held
+    assert sorted((one.policy, one.key, one.token, one.path, one.cost) for one in snapshot) == sorted(
+        (*pair.place, pair.token, path_of(pair), COSTS[pair.token]) for pair in held
     )
     compare({Pair(one.token, Place(one.policy, one.key)): one.lease_left for one in snapshot}, held)
 
@@ -375,8 +408,9 @@ tokens = st.sampled_from(TOKENS)
 places = st.sampled_from(PLACES)
 leases = st.sampled_from(LEASES)
 pairs = st.builds(Pair, tokens, places)
-late = st.sampled_from(("give", "evict", "crowd", "take"))
-wanted = st.builds(Wanted, places, st.integers(0, 4), leases, st.booleans())
+late = st.sampled_from(("give", "evict", "crowd", "take", "claim"))
+limits = st.sampled_from((0, 1, 2, 3, 4, 5, 13, 14, 27, UNLIMITED))
+wanted = st.builds(Wanted, places, limits, leases, st.booleans())
 
 
 def shortly(pair: Pair, everywhere: bool, seconds: float = SHORT) -> list[tuple[Pair, float]]:
@@ -412,7 +446,7 @@ class Histories(RuleBasedStateMachine):
         self.ask(lambda rig: rig.take(token, wanted), lambda model, now: model.take(token, wanted, now))
 
     @precondition(lambda self: self.crowds < CROWDS)
-    @rule(place=places, limit=st.integers(1, 4))
+    @rule(place=places, limit=limits)
     def crowd(self, place: Place, limit: int) -> None:
         """Everybody wants the same."""
         self.crowds += 1
@@ -466,8 +500,8 @@ class Histories(RuleBasedStateMachine):
     @rule(token=tokens, other=tokens, place=places, then=late)
     def come_for_a_moment(self, token: str, other: str, place: Place, then: str) -> None:
         """Somebody takes with a short lease, beside another one, whose long lease keeps the key in Redis."""
-        self._take(other, [Wanted(place, 9, LEASES[0], True)])
-        self._take(token, [Wanted(place, 9, SHORT, True)])
+        self._take(other, [Wanted(place, UNLIMITED, LEASES[0], True)])
+        self._take(token, [Wanted(place, UNLIMITED, SHORT, True)])
         self.be_late(shortly(Pair(token, place), False), then)
 
     def held(self) -> list[Pair]:
@@ -494,12 +528,29 @@ class Histories(RuleBasedStateMachine):
             self.evict(token)
             self.agree()
             self.evict(next(iter(self.others(token)), token))  # sweeps the tombstones
+        elif then == "claim":
+            self.claim([(pair, LEASES[1]) for pair, _ in short[:1]])
         elif then == "give":
             self.give_twice([pair for pair, _ in short])
 
     @rule(holders=st.lists(st.tuples(pairs, leases, st.sampled_from(list(UNTIL))), min_size=1, max_size=4))
     def restore(self, holders: list[tuple[Pair, float, str]]) -> None:
         self.ask(lambda rig: rig.restore(holders), lambda model, now: model.restore(holders, now))
+
+    @rule(pairs=st.lists(st.tuples(pairs, leases), min_size=1, max_size=3, unique_by=lambda one: one[0]))
+    def claim_any(self, pairs: list[tuple[Pair, float]]) -> None:
+        self.claim(pairs)
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data())
+    def claim_held(self, data: st.DataObject) -> None:
+        self.claim([(data.draw(st.sampled_from(self.held())), LEASES[1])])
+
+    def claim(self, pairs: list[tuple[Pair, float]]) -> None:
+        """But for those whose heir is there before them: in truth his token is a new one."""
+        standing = [model.standing for _, model in self.each]
+        pairs = [one for one in pairs if not any(HEIRS[one[0].token] in there[one[0].place] for there in standing)]
+        self.ask(lambda rig: rig.claim(pairs), lambda model, now: model.claim(pairs, now))
 
     @rule(token=tokens)
     def evict(self, token: str) -> None:

@@ -56,8 +56,12 @@ def made(path: Path) -> HostBackend:
     return HostBackend(BackendConfig("default", "host", options={"path": path, "slots": 64}))
 
 
-def slot(policy: str, limit: int = 2, token: str = "", block: bool = True) -> Slot:
-    return Slot(policy, make_key("k"), limit, 3600, token or new_token(), block, "/path/")
+#: What a process costs that is killed, and what its limit is: beside a cost of 1 it has room just so.
+COST, LIMIT = 3, 4
+
+
+def slot(policy: str, limit: int = LIMIT, token: str = "", block: bool = True, cost: int = 1) -> Slot:
+    return Slot(policy, make_key("k"), limit, 3600, token or new_token(), block, "/path/", cost)
 
 
 def table_of(store: HostBackend) -> Table:
@@ -75,7 +79,12 @@ def look_for_the_dead(store: HostBackend) -> None:
 
 
 def mine() -> list[Slot]:
-    return [slot("a", token="dying"), slot("b", token="dying"), slot("shadow", token="dying", block=False)]
+    wanted = [("a", True), ("b", True), ("shadow", False)]
+    return [slot(policy, token="dying", block=block, cost=COST) for policy, block in wanted]
+
+
+def handed_over() -> list[tuple[Slot, Slot]]:
+    return [(slot(policy, token="handed", cost=COST), slot(policy, token="heir", cost=COST)) for policy in ("a", "b")]
 
 
 def nothing(store: HostBackend) -> None:
@@ -118,6 +127,11 @@ CALLS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend], An
     "open": (unopened, lambda store: store.take(mine())),
     "open again": (lost, lambda store: store.give(mine()[:1])),
 }
+#: The same, of what outlives a process.
+HAND_OVERS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend], Any]]] = {
+    "detach": (taken, lambda store: store.detach(mine())),
+    "claim": (nothing, lambda store: store.claim(handed_over())),
+}
 
 
 def killed_at(point: int, path: Path, name: str) -> int:
@@ -127,7 +141,7 @@ def killed_at(point: int, path: Path, name: str) -> int:
     if pid == 0:
         try:
             store = made(path)
-            prepare, call = CALLS[name]
+            prepare, call = {**CALLS, **HAND_OVERS}[name]
             prepare(store)
             seen = 0
 
@@ -168,14 +182,65 @@ def test_killed_at_any_bytecode_a_process_leaves_nothing_behind(store: HostBacke
         assert killed_at(point, path, name) == 0, "it was not killed"
         look_for_the_dead(store)
         # One more of each is free, and only one: what the dead one held is back, and nothing else came with it.
-        more = [slot("a"), slot("b"), slot("shadow")]
-        assert store.take(more) == Taken((True,) * 3, (2, 2, 2)), point
+        more = [slot("a", cost=COST), slot("b", cost=COST), slot("shadow", cost=COST)]
+        assert store.take(more) == Taken((True,) * 3, (LIMIT,) * 3), point
         assert isinstance(store.take([slot("a")]), Full)
         assert list(store.give(more)) == [True] * 3
         assert sorted(holder.token for holder in store.snapshot()) == sorted(one.token for one in own), point
         assert consistent(table_of(store)) == [], point
         assert list(held_by_state(table_of(store)).values()) == [3], point
     print(f"{name}: {len(points)} of {total} points, {table_of(store).words[Header.REBUILT]} indexes made anew")
+
+
+def points_of(path: Path, name: str) -> range:
+    total = killed_at(0, path, name)
+    assert total > 100
+    step = max(1, total // POINTS)
+    return range(random.randrange(1, step + 1), total + 1, step)
+
+
+def test_killed_at_any_bytecode_a_claim_leaves_the_old_ones_or_the_new_ones(store: HostBackend, path: Path) -> None:
+    own = slot("a")
+    store.take([own])
+    left = set()
+    store.take([old for old, _ in handed_over()])
+    for point in points_of(path, "claim"):
+        store.give([old for old, _ in handed_over()])  # what is left of the last time
+        olds = [old for old, _ in handed_over()]
+        assert store.take(olds) == Taken((True, True), (LIMIT, COST)), point
+        store.detach(olds)
+        assert killed_at(point, path, "claim") == 0, "it was not killed"
+        store.renew([])  # who comes next makes the index anew, and looks for nobody
+        held = [
+            {holder.token for holder in table_of(store).holders(0) if holder.policy == policy} - {own.token}
+            for policy in ("a", "b")
+        ]
+        assert all(tokens and tokens <= {"handed", "heir"} for tokens in held), (point, held)
+        assert consistent(table_of(store)) == [], point
+        left |= {(*sorted(tokens),) for tokens in held}
+        # The new ones were the dead one's, and go with it.
+        now = {(holder.policy, holder.token) for holder in store.snapshot()}
+        assert now == {("a", own.token)} | {
+            (policy, "handed") for policy, tokens in zip("ab", held, strict=True) if "handed" in tokens
+        }
+        assert consistent(table_of(store)) == [], point
+        assert len(now) == sum(held_by_state(table_of(store)).values()), point
+    assert left == {("handed",), ("handed", "heir"), ("heir",)}, "some of what may come did not"
+
+
+def test_killed_at_any_bytecode_a_hand_over_was_done_or_not(store: HostBackend, path: Path) -> None:
+    store.take([slot("own")])
+    left = set()
+    for point in points_of(path, "detach"):
+        assert killed_at(point, path, "detach") == 0, "it was not killed"
+        holders = [holder for holder in store.snapshot() if holder.policy != "own"]
+        assert all((holder.pid, holder.cost, holder.token) == (None, COST, "dying") for holder in holders), point
+        left.add(len(holders))
+        assert consistent(table_of(store)) == [], point
+        assert len(holders) + 1 == sum(held_by_state(table_of(store)).values()), point
+        store.evict("dying")
+        table_of(store).drop([cell for cell in table_of(store)._used() if cell >= 1])
+    assert left == {0, 1, 2, 3}
 
 
 # -- exceptions at any point ------------------------------------------------------------------------------------------
@@ -242,11 +307,16 @@ def test_exceptions_of_signal_handlers_leave_nothing_behind(store: HostBackend, 
 
 # -- killed under load ------------------------------------------------------------------------------------------------
 
-CAP, WORKERS, THREADS = 3, 4, 2
+CAP, WORKERS, THREADS = 5, 4, 2
+
+
+def cost_of(place: int) -> int:
+    """Of the thread that has this place in the gauge."""
+    return 1 + place % 3
 
 
 class Gauge:
-    """How many are inside, counted by the kernel: one locked byte each, which is free the moment its process is dead.
+    """What those cost who are inside, counted by the kernel: one locked byte each, free the moment its process is dead.
 
     These locks go before those of the store do, so whoever takes a dead one's slot does not find it here any more.
     """
@@ -258,12 +328,13 @@ class Gauge:
         self.here: set[int] = set()
 
     def enter(self, place: int) -> int:
-        """Returns how many are inside now."""
+        """Returns what those cost who are inside now."""
         with self.mutex:
             fcntl.flock(self.one_at_a_time, fcntl.LOCK_EX)
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             self.here.add(place)
-            count = len(self.here) + sum(self._is_locked(each) for each in range(WORKERS * THREADS))
+            others = [each for each in range(WORKERS * THREADS) if self._is_locked(each)]
+            count = sum(map(cost_of, [*self.here, *others]))
             fcntl.flock(self.one_at_a_time, fcntl.LOCK_UN)
         return count
 
@@ -289,7 +360,7 @@ def worker(number: int, path: Path, limit: int, seen: mmap.mmap) -> None:
     def work(place: int) -> None:
         chance = random.Random()
         while True:
-            one = [slot("p", limit), slot("q", 99)]
+            one = [slot("p", limit, cost=cost_of(place)), slot("q", 99)]
             try:
                 if isinstance(store.take(one), Taken):
                     inside = gauge.enter(place)

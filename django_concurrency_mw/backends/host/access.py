@@ -59,7 +59,7 @@ class Access:
     """The one opened file of a store. Opens it with the first call, and again when it is not there any more.
 
     `saved(former, now)` reads what is to be kept of a table that is not there any more, `moved(that, table, now)` puts it into
-    the new one, which is locked meanwhile; for the first table that is nothing. `late` is the work for what was put aside.
+    the new one, which is locked meanwhile; for the first table that is nothing.
     """
 
     def __init__(
@@ -68,10 +68,9 @@ class Access:
         layout: Layout,
         saved: Callable[[Table, int], Sequence[Any]],
         moved: Callable[[Sequence[Any], Table, int], None],
-        late: Work[Any, object],
     ) -> None:
         self._fd = self._former_fd = -1
-        self._where, self._layout, self._late_work = where, layout, late
+        self._where, self._layout = where, layout
         self._saved, self._moved = saved, moved
         self.forget()
 
@@ -87,7 +86,8 @@ class Access:
         self._former: Table | None = None
         self._path = Path()
         self._looked = 0
-        self._late: deque[Any] = deque()
+        #: Put aside, to be done by the next call before its own work.
+        self._late: deque[tuple[Work[Any, object], Any]] = deque()
         for fd in fds:
             _close(fd)
 
@@ -133,9 +133,16 @@ class Access:
                 self._carry_out_late()
         return reply
 
-    def put_aside(self, argument: Any) -> None:
-        """The `late` work with this is done when the call is done inside which we are."""
-        self._late.append(argument)
+    def put_aside(self, work: Work[A, object], argument: A) -> None:
+        """This is done when the call is done inside which we are."""
+        self._late.append((work, argument))
+
+    def at_once(self, work: Work[A, object], argument: A) -> None:
+        """Without any waiting: where the table is locked it is done with the next call."""
+        self._late.append((work, argument))
+        for _ in range(TURNS):
+            if self._late:
+                self._carry_out_late()
 
     def _attempt(self, work: Work[A, R], argument: A, opens: bool) -> R | _Not:
         """Carry it out, if the table is free. `opens`: also if the file has to be opened first, which takes milliseconds.
@@ -232,7 +239,8 @@ class Access:
 
     def _do_late(self, table: Table, now: int) -> None:
         while self._late:
-            self._late_work(table, self._late[0], now)
+            work, argument = self._late[0]
+            work(table, argument, now)
             self._late.popleft()
 
     def _carry_out_late(self) -> None:

@@ -7,6 +7,8 @@
     cells       448 bytes each      16 words and room for text: one holder or waiter
     index       64 bytes each       two entries per cell: totals and queue of each semaphore, made from states and cells
 
+A cell counts by its weight. Its owner is a process's number, or NOBODY: it was handed over, and lives to the end of its lease.
+
 States and cells are the truth. All else can be made from them. Words are native, 64 bits and aligned. A program that lays out
 anything differently must have another `VERSION`, which is part of the file's name.
 """
@@ -14,7 +16,7 @@ anything differently must have another `VERSION`, which is part of the file's na
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+import sys
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final
@@ -25,6 +27,8 @@ MAGIC: Final = int.from_bytes(b"inflight", "little")
 WORD: Final = 8
 
 PROCESSES: Final = 1024
+#: The owner of a cell that was handed over and is claimed by nobody yet: no process's number, so no lock tells that it died.
+NOBODY: Final = PROCESSES
 DEFAULT_CELLS, FEWEST_CELLS, MOST_CELLS = 16_384, 64, 1_048_576
 
 # States of a cell.
@@ -49,6 +53,8 @@ class Header:
     WAITING = 9
     #: How often the index was made anew, and how many slots were taken from the dead and the lapsed. For people.
     REBUILT, RECLAIMED = 10, 11
+    #: Which run of the machine the table was wiped in, or 0 where that is not known (see `opening`).
+    BOOT = 12
 
 
 class Cell:
@@ -58,7 +64,7 @@ class Cell:
     HI, LO = 0, 1
     #: Of the take that wrote it: whoever remembers a cell knows by this whether it is still his.
     TICKET = 2
-    #: The process's number in the upper half, the weight in the lower.
+    #: The process's number (or NOBODY) in the upper half, the weight in the lower.
     OWNER = 3
     #: Monotonic ns.
     SINCE, EXPIRES = 4, 5
@@ -154,7 +160,12 @@ def readable(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode("utf-8", "replace")
 
 
-def unpack_text(raw: Any, at: int) -> Mapping[str, str]:
-    """The texts of the cell at the byte `at`."""
+def is_nobodys(raw: bytes) -> bool:
+    """Is this the content of a cell that was handed over?"""
+    return int.from_bytes(raw[Cell.OWNER * WORD : (Cell.OWNER + 1) * WORD], sys.byteorder) >> 32 == NOBODY
+
+
+def unpack_text(raw: Any, at: int) -> tuple[str, str, str, str]:
+    """The policy, the key, the token and the path in the cell at the byte `at`."""
     token, policy, key, path = map(readable, _TEXTS.unpack_from(raw, at))
-    return {"token": token, "policy": policy, "key": key, "path": path}
+    return policy, key, token, path

@@ -26,6 +26,8 @@ from .table import Table, wipe
 
 #: Memory that looks like files; every process of a machine sees the same, unless a container has one of its own.
 SHARED_MEMORY: Final = "/dev/shm"
+#: What the kernel draws anew whenever the machine starts.
+BOOT = "/proc/sys/kernel/random/boot_id"
 #: The file systems that are mounted, with their kinds.
 MOUNTS = "/proc/self/mountinfo"
 #: File systems on which other machines could share the file, but neither its locks nor its memory.
@@ -100,21 +102,37 @@ def _open_table(fd: int, path: Path, layout: Layout) -> Table:
         raise _other_layout(path, layout)
     mapped = _map(path, found, layout.size)
     words: memoryview[int] = memoryview(mapped).cast("Q")
-    if alone:
+    boot = _boot()
+    same_layout = (words[Header.MAGIC], words[Header.VERSION], words[Header.CELLS]) == (MAGIC, VERSION, layout.cells)
+    # Of a machine that was not started anew meanwhile: by another one's clock nobody knows when a lease ends.
+    keeps = alone and same_layout and boot != 0 and words[Header.BOOT] == boot
+    if alone and not keeps:
         words[Header.MAGIC], words[Header.VERSION] = MAGIC, VERSION
         wipe(words, mapped, layout)
-    elif (words[Header.MAGIC], words[Header.VERSION], words[Header.CELLS]) != (MAGIC, VERSION, layout.cells):
+        words[Header.BOOT] = boot
+    elif not same_layout:
         raise _other_layout(path, layout)
     number = claim(fd, PROCESSES)
     if number is None:
         raise BackendError(f"{PROCESSES} processes use {path} already, which is all it has room for")
     table = Table(fd, mapped, layout, number, (found.st_dev, found.st_ino))
-    if words[Header.DIRTY]:
+    if keeps:
+        table.drop_owned(monotonic_ns())
+    elif words[Header.DIRTY]:
         table.rebuild()
     table.drop_of(number)
     at = layout.processes_word + 4 * number
     words[at], words[at + 1] = os.getpid(), monotonic_ns()
     return table
+
+
+def _boot() -> int:
+    """Which run of the machine this is; 0 where that is not known."""
+    try:
+        with open(BOOT, "rb") as text:
+            return int.from_bytes(blake2b(text.read(), digest_size=8).digest(), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _map(path: Path, found: os.stat_result, size: int) -> mmap.mmap:

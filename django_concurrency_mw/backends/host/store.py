@@ -15,16 +15,35 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import Full, Slot, Taken, TakeReply
-from ..base import BackendConfig, BaseBackend, Holder, Restore, check_message, has_host, worker_suffix
+from ..base import BackendConfig, BaseBackend, Holder, Restore, age_of, check_message, has_host, worker_suffix
 from .access import Access, Inside
-from .layout import DEFAULT_CELLS, EVICTED, FEWEST_CELLS, FREE, HELD, MOST_CELLS, Layout, Named, named, rounded
+from .layout import (
+    DEFAULT_CELLS,
+    EVICTED,
+    FEWEST_CELLS,
+    FREE,
+    HELD,
+    MOST_CELLS,
+    TOKEN_ROOM,
+    Layout,
+    Named,
+    fitted,
+    is_nobodys,
+    named,
+    readable,
+    rounded,
+    semaphore,
+)
 from .opening import default_path
-from .table import Place, Table, TableFull, Wanted
+from .table import HolderName, Place, Table, TableFull, Wanted
 
 #: One holder of one semaphore: token, policy, digest.
 Known = tuple[str, str, bytes]
 #: One of them with the state and the content of its cell.
 Saved = tuple[Known, int, bytes]
+
+#: What was handed over is claimed elsewhere, and not given back here: from so many places on it is looked which are over.
+TIDY_FROM = 1024
 
 #: Replies that are much alike, and take longer to make than to find.
 _taken, _full = lru_cache(1024)(Taken), lru_cache(1024)(Full)
@@ -48,7 +67,9 @@ class HostBackend(BaseBackend):
         self._given_path, slots = _options(config.options, f"{place}['OPTIONS']")
         #: Where our holders stand in the table.
         self._known: dict[Known, Place] = {}
-        self._access = Access(self._where, Layout(slots), self._saved, self._moved, self._give)
+        #: So many known ones are looked through when more are handed over.
+        self._tidy_from = TIDY_FROM
+        self._access = Access(self._where, Layout(slots), self._saved, self._moved)
         _stores.add(self)
 
     def _forget(self) -> None:
@@ -65,11 +86,17 @@ class HostBackend(BaseBackend):
         try:
             return self._access.call(self._give, slots)
         except Inside:
-            self._access.put_aside(slots)
+            self._access.put_aside(self._give, slots)
             return [True] * len(slots)
 
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         return self._access.call(self._renew, slots)
+
+    def detach(self, slots: Sequence[Slot]) -> None:
+        self._access.at_once(self._detach, slots)
+
+    def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
+        return self._access.call(self._claim, slots)
 
     def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
         return self._access.call(self._restore, holders)
@@ -91,7 +118,7 @@ class HostBackend(BaseBackend):
         try:
             return await self._access.acall(self._give, slots)
         except Inside:
-            self._access.put_aside(slots)
+            self._access.put_aside(self._give, slots)
             return [True] * len(slots)
 
     def check(self) -> Sequence[CheckMessage]:
@@ -141,22 +168,23 @@ class HostBackend(BaseBackend):
         totals: list[int] = []
         fits: list[bool] = []
         new: dict[Known, Wanted] = {}
-        ahead: list[Named] = []
+        ahead: dict[Named, int] = {}
         lapsed: list[int] = []
         for slot in slots:
-            policy, key, limit = slot.policy, slot.key, slot.limit
+            policy, key, cost = slot.policy, slot.key, slot.cost
             digest = key.digest
             known, name = (slot.token, policy, digest), named(policy, digest, key.text)
             total = table.total(name[0], name[1])
-            fit, place = total < limit, places.get(known)
+            room, place = slot.limit - cost, places.get(known)
+            fit = total <= room
             until = table.held_until(place) if place else 0
             if until > now:
                 fit = True
-            elif fit and not ((before := ahead.count(name)) and known in new):
-                fit = total + before < limit  # what stands before it in this very take counts, too
+            elif fit and not ((before := ahead.get(name, 0)) and known in new):
+                fit = total + before <= room  # what stands before it in this very take counts, too
                 if fit:
                     new[known] = (name, slot, int(slot.ttl * 1e9))
-                    ahead.append(name)
+                    ahead[name] = before + cost
                     if place and until:
                         lapsed.append(place[0])
             totals.append(total)
@@ -167,17 +195,15 @@ class HostBackend(BaseBackend):
         """Returns the totals."""
         if lapsed:
             table.drop(lapsed)
-        try:
-            places = table.write(new, now)
-        except TableFull:
-            if not table.sweep(now, force=True):
-                raise
-            places = table.write(new, now)
+        places = _write(table, new, now)
         if len(self._known) > 2 * table.layout.cells:
-            self._known = {one: place for one, place in self._known.items() if table.state(place) != FREE}
+            self._forget_gone(table)
         # Known before they count: whatever comes in between, giving back finds them.
         self._known.update(places)
         return table.commit(places.values())
+
+    def _forget_gone(self, table: Table) -> None:
+        self._known = {one: place for one, place in self._known.items() if table.state(place) != FREE}
 
     def _give(self, table: Table, slots: Sequence[Slot], now: int) -> list[bool]:
         places = self._known
@@ -209,8 +235,56 @@ class HostBackend(BaseBackend):
             held.append(still)
         return held
 
+    def _detach(self, table: Table, slots: Sequence[Slot], now: int) -> None:
+        """Their places stay known, as they may be given back here all the same, until others have claimed them."""
+        for slot in slots:
+            place = self._known.get((slot.token, slot.policy, slot.key.digest))
+            if place and table.held_until(place):
+                table.disown(place)
+        if len(self._known) > self._tidy_from:
+            self._forget_gone(table)
+            self._tidy_from = max(TIDY_FROM, 2 * len(self._known))
+
+    def _claim(self, table: Table, slots: Sequence[tuple[Slot, Slot]], now: int) -> bool:
+        olds = table.find({_holder_name(old.token, old.policy, old.key.digest) for old, _ in slots}, now)
+        if len(olds) < len(slots):
+            return False
+        new: dict[Known, Wanted] = {
+            (one.token, one.policy, one.key.digest): (
+                named(one.policy, one.key.digest, one.key.text),
+                one,
+                int(one.ttl * 1e9),
+            )
+            for _, one in slots
+        }
+        places = _write(table, new, now)
+        if not all(table.held_until(place) for place in olds.values()):
+            return False  # they were a dead process's, and went when room was looked for
+        for place, (_, one) in zip(places.values(), slots, strict=True):
+            table.backdate(place, now - int(age_of(one) * 1e9))
+        self._known.update(places)
+        # For a moment both are counted, never none: killed in between, we leave the old ones, and ours go with us.
+        table.commit(places.values())
+        table.drop([cell for cell, _ in olds.values()])
+        for old, _ in slots:
+            self._known.pop((old.token, old.policy, old.key.digest), None)
+        return True
+
+    def _adopt(self, table: Table, slots: Sequence[Slot], now: int) -> None:
+        """What was handed over, and is held on here without a claim, as that failed, must not be counted a second time."""
+        wanted = {}
+        for slot in slots:
+            known = (slot.token, slot.policy, slot.key.digest)
+            if known not in self._known:
+                wanted[_holder_name(*known)] = known
+        if wanted:
+            for name, place in table.find(wanted, now).items():
+                self._known[wanted[name]] = place
+                table.own(place)
+
     def _restore(self, table: Table, holders: Sequence[Restore], now: int) -> list[bool]:
         held = []
+        self._adopt(table, [holder.slot for holder in holders], now)
         for slot, seconds, until in holders:
             known = (slot.token, slot.policy, slot.key.digest)
             place, ttl = self._known.get(known), int(seconds * 1e9)
@@ -238,10 +312,28 @@ class HostBackend(BaseBackend):
     def _moved(self, saved: Sequence[Saved], table: Table, now: int) -> None:
         """There is another table, or one for the first time: what we held before is held in this one from now on."""
         known: dict[Known, Place] = {}
+        # Nobody's are still there where the file is the same once more.
+        there = table.find({_holder_name(*one) for one, _, raw in saved if is_nobodys(raw)}, now)
         for one, state, raw in saved:
-            known[one] = table.write_raw(raw)
-            table.commit([known[one]], state)
+            found = there.get(_holder_name(*one)) if there else None
+            known[one] = found or table.write_raw(raw)
+            if not found:
+                table.commit([known[one]], state)
         self._known = known
+
+
+def _holder_name(token: str, policy: str, digest: bytes) -> HolderName:
+    return (*semaphore(policy, digest), readable(fitted(token, TOKEN_ROOM)))
+
+
+def _write(table: Table, new: Mapping[Known, Wanted], now: int) -> dict[Known, Place]:
+    """Cells for these, not counted yet. Raises: TableFull."""
+    try:
+        return table.write(new, now)
+    except TableFull:
+        if not table.sweep(now, force=True):
+            raise
+        return table.write(new, now)
 
 
 def _options(options: Mapping[str, Any], place: str) -> tuple[Path | None, int]:

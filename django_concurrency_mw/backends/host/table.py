@@ -2,7 +2,8 @@
 
 Whoever calls anything here holds the table's lock. What is in the way of an exception or a kill at any point: a cell is
 written whole before its state says that it is in use, and freed by its state before anything else; DIRTY stands while the
-index does not say the same as states and cells, and goes only when all is done.
+index does not say the same as states and cells, and goes only when all is done. What nobody owns, as it was handed over, is
+freed by its lease's end only, never because a process is dead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .layout import (
     FREE,
     HELD,
     MOST,
+    NOBODY,
     PATH_ROOM,
     QUEUED,
     TOKEN_ROOM,
@@ -49,6 +51,8 @@ class TableFull(BackendError):
 K = TypeVar("K")
 #: Where a holder stands, as long as the cell has this ticket: (cell, ticket).
 Place = tuple[int, int]
+#: A holder as its cell names it: the semaphore's two words, the token.
+HolderName = tuple[int, int, str]
 #: A cell that is to be written: semaphore, slot, ttl in ns.
 Wanted = tuple[Named, Slot, int]
 
@@ -128,20 +132,33 @@ class Table:
             at = self._cells + cell * Cell.WORDS
             since, expires = self.words[at + Cell.SINCE], self.words[at + Cell.EXPIRES]
             if self.map[self.states_at + cell] == HELD and expires > now:
-                texts = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)
-                process = self.layout.processes_word + 4 * (self.words[at + Cell.OWNER] >> 32)
-                found.append(
-                    Holder(age=(now - since) / 1e9, lease_left=(expires - now) / 1e9, pid=self.words[process], **texts)
-                )
+                policy, key, token, path = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)
+                owner, cost = self.words[at + Cell.OWNER] >> 32, self.words[at + Cell.OWNER] & WEIGHT_MASK
+                pid = None if owner == NOBODY else self.words[self.layout.processes_word + 4 * owner]
+                age, left = (now - since) / 1e9, (expires - now) / 1e9
+                found.append(Holder(policy, key, token, age, left, path, pid, cost))
+        return found
+
+    def find(self, wanted: Collection[HolderName], now: int) -> dict[HolderName, Place]:
+        """Where these are held, whoever owns them. Looks at every cell in use."""
+        found: dict[HolderName, Place] = {}
+        firsts = {hi for hi, _, _ in wanted}
+        starts = self.words[self._cells : self._cells + self.words[Header.HIGH] * Cell.WORDS : Cell.WORDS].tolist()
+        for cell in [cell for cell in self._used() if starts[cell] in firsts]:
+            at = self._cells + cell * Cell.WORDS
+            token = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)[2]
+            name, place = (starts[cell], self.words[at + Cell.LO], token), (cell, self.words[at + Cell.TICKET])
+            if name in wanted and self.held_until(place) > now:
+                found[name] = place
         return found
 
     # -- changing ---------------------------------------------------------------------------------------------------
 
-    def write(self, wanted: Mapping[K, Wanted], now: int, weight: int = 1) -> dict[K, Place]:
+    def write(self, wanted: Mapping[K, Wanted], now: int) -> dict[K, Place]:
         """Cells for these, in rising order, which nobody counts until `commit`. Raises: TableFull."""
         words, mapped, layout, states_at = self.words, self.map, self.layout, self.states_at
         ticket = words[_LAST] = words[_LAST] + 1
-        owner = self.number << 32 | weight
+        owner = self.number << 32
         cells_at, at, end = layout.cells_at, states_at + words[_HINT], states_at + layout.cells
         token = path = None
         raw_token = raw_path = b""
@@ -161,12 +178,13 @@ class Table:
                 limit = MOST if limit > 0 else 0
             # Not one store but many, as nobody reads a cell that is FREE.
             where, ends = cells_at + cell * _CELL_SIZE, now + ttl
-            _pack(mapped, where, hi, lo, ticket, owner, now, ends, limit, ttl, raw_token, texts, raw_path)
+            weighs = owner | slot.cost
+            _pack(mapped, where, hi, lo, ticket, weighs, now, ends, limit, ttl, raw_token, texts, raw_path)
             places[one] = (cell, ticket)
         return places
 
     def write_raw(self, raw: bytes) -> Place:
-        """A cell with the content of one of another file. Not counted until `commit`. Raises: TableFull."""
+        """A cell with the content of one of another file, ours or nobody's. Not counted until `commit`. Raises: TableFull."""
         found = self.map.find(b"\0", self.states_at + self.words[Header.HINT], self.states_at + self.layout.cells)
         if found < 0:
             raise TableFull("the host store's table has no room for the holders of a file that was removed")
@@ -175,8 +193,25 @@ class Table:
         self.map[at : at + CELL.size] = raw
         ticket = self.words[Header.TICKET] = self.words[Header.TICKET] + 1
         self.words[word + Cell.TICKET] = ticket
-        self.words[word + Cell.OWNER] = self.number << 32 | self.words[word + Cell.OWNER] & WEIGHT_MASK
+        if self.words[word + Cell.OWNER] >> 32 != NOBODY:
+            self.words[word + Cell.OWNER] = self.number << 32 | self.words[word + Cell.OWNER] & WEIGHT_MASK
         return (cell, ticket)
+
+    def backdate(self, place: Place, since: int) -> None:
+        """It is held since then (monotonic ns), which may be before the machine was started."""
+        self.words[self._cells + place[0] * _CELL + Cell.SINCE] = max(0, since)
+
+    def disown(self, place: Place) -> None:
+        """The cell is nobody's from now on, and lives to the end of its lease."""
+        self._belongs(place, NOBODY)
+
+    def own(self, place: Place) -> None:
+        """The cell is this process's from now on, and dies with it."""
+        self._belongs(place, self.number)
+
+    def _belongs(self, place: Place, owner: int) -> None:
+        at = self._cells + place[0] * _CELL + _OWNER
+        self.words[at] = owner << 32 | self.words[at] & WEIGHT_MASK
 
     def commit(self, places: Iterable[Place], state: int = HELD) -> list[int]:
         """From now on these cells, which were written last, are in use. Returns the totals of those that are held."""
@@ -224,7 +259,7 @@ class Table:
         for cell in self._used():
             if self.map[self.states_at + cell] != HELD:
                 continue
-            if unpack_text(self.map, self.layout.cells_at + cell * CELL.size)["token"] == token:
+            if unpack_text(self.map, self.layout.cells_at + cell * CELL.size)[2] == token:
                 self.words[Header.DIRTY] = 1
                 self.map[self.states_at + cell] = EVICTED
                 self._count(cell, -1)
@@ -237,6 +272,18 @@ class Table:
         at = self._cells + Cell.OWNER
         self.drop([cell for cell in self._used() if self.words[at + cell * Cell.WORDS] >> 32 == number])
 
+    def drop_owned(self, now: int) -> None:
+        """Free everything but what was handed over and is not lapsed: every process is dead."""
+        at, expires = self._cells + Cell.OWNER, self._cells + Cell.EXPIRES
+        self.rebuild()  # nothing of the index is believed, as whoever died last may have died inside
+        self.drop(
+            [
+                cell
+                for cell in self._used()
+                if self.words[at + cell * Cell.WORDS] >> 32 != NOBODY or self.words[expires + cell * Cell.WORDS] <= now
+            ]
+        )
+
     def sweep(self, now: int, *, force: bool = False) -> bool:
         """Free what is lapsed and what the dead held, unless somebody has just looked. Was there anything?"""
         words = self.words
@@ -248,7 +295,7 @@ class Table:
         start, end = self._cells, self._cells + high * Cell.WORDS
         owners = [owner >> 32 for owner in words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
         ends = words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
-        others = {owners[cell] for cell in used} - {self.number}
+        others = {owners[cell] for cell in used} - {self.number, NOBODY}
         dead = {number for number in others if not any_alive(self.fd, number)}
         gone = [cell for cell in used if ends[cell] <= now or owners[cell] in dead]
         self.drop(gone)

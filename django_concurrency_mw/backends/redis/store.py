@@ -1,7 +1,7 @@
 """The Redis store: exact among all processes and hosts that share one Redis.
 
 Threads use a stack of connections (`lines`), every event loop one multiplexed connection (`mux`). Both send one command to
-take all of a request's slots, and one ZREM per slot, in one packet, to give them back, whose reply nobody waits for.
+take all of a request's slots, and one command per slot, in one packet, to give them back, whose replies nobody waits for.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class RedisBackend(BaseBackend):
             held += self._restore(holders[first : first + RENEW_AT_ONCE])
         return held
 
+    def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
+        packed = self._keys.claim(slots)
+        return bool(self._call(packed, (), lambda: packed) == 1)
+
     def _restore(self, holders: Sequence[Restore]) -> list[bool]:
         seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
         # The server's clock was read before ours is: what is left of a lease by this reckoning is never too long.
@@ -159,9 +163,10 @@ class RedisBackend(BaseBackend):
         try:
             with self._recipe.client() as client:
                 for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member in client.zscan_iter(key, match=f"{token}\n*", count=1000):
-                        gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member[0], token)
-                        found = bool(gone) or found
+                    for member, _ in client.zscan_iter(key, match=f"{token}\n*", count=1000):
+                        if not wire.is_filler(member):
+                            gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member, token)
+                            found = bool(gone) or found
         except Exception as error:
             raise classed(error, self._keys) from error
         return found
@@ -174,7 +179,8 @@ class RedisBackend(BaseBackend):
                 now = seconds * 1000 + micros / 1000
                 for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
                     for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
-                        holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
+                        if not wire.is_filler(member):
+                            holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
         except Exception as error:
             raise classed(error, self._keys) from error
         return holders

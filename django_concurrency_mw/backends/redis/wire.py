@@ -1,8 +1,10 @@
 """The wire format: slots to packed commands, and replies back to outcomes. No I/O.
 
 A semaphore is the sorted set `{prefix}:1:policy:digest`; the braces put all of an alias into one hash slot of a Cluster, 1 is
-the version of the format. A member is the holder's token, then for people only: since when (ms by the client's clock), the
-key's text and the path, each cut to a bound. It is complete before the take is sent, as the release has to name it whole.
+the version of the format. A holder's member has four lines: its token, then for people only: since when (ms by the client's
+clock), the key's text and the path, each cut to a bound. It is complete before the take is sent, as the release has to name it
+whole. The number of members is the count: a holder of cost c says so behind its `since` (`1764103040123x5`), and has c - 1
+members more of two lines, its token and a number from 2 on, which the scripts make and remove with it.
 Names that begin with `!` after the version are reserved, as no policy can be called so: `!evicted`, `!peaks`, `!process`.
 """
 
@@ -29,7 +31,8 @@ class Script:
     """A Lua script of this package: its text and the digest that EVALSHA names it by."""
 
     def __init__(self, name: str) -> None:
-        self.text = (files(__package__) / "scripts" / name).read_bytes()
+        texts = [(files(__package__) / "scripts" / each).read_bytes() for each in ("members.lua", name)]
+        self.text = b"".join(line for text in texts for line in text.splitlines(True) if not line.startswith(b"--"))
         self.sha = hashlib.sha1(self.text).hexdigest().encode()
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
         self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}
@@ -58,8 +61,10 @@ def pack(*arguments: bytes) -> bytes:
 
 TAKE = Script("take.lua")
 RENEW = Script("renew.lua")
-#: Rare, so they are always sent whole.
+#: Rare, so they are always sent whole. A release, which nobody waits for, cannot do with a script that is not loaded.
+GIVE = Script("give.lua")
 RESTORE = Script("restore.lua")
+CLAIM = Script("claim.lua")
 EVICT = Script("evict.lua")
 TIME = pack(b"TIME")
 
@@ -90,9 +95,8 @@ class Keys:
             key, holder = self._names(slot)
             keys.append(key)
             limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
-            arguments.append(
-                b"$%d\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n%b" % (len(limit), limit, len(lease), lease, slot.block, holder)
-            )
+            asked = b"$1\r\n%d\r\n" % slot.block if slot.cost == 1 else bulk(b"%d" % (slot.block + 2 * (slot.cost - 1)))
+            arguments.append(b"$%d\r\n%b\r\n$%d\r\n%b\r\n%b%b" % (len(limit), limit, len(lease), lease, asked, holder))
         return TAKE.call(keys, arguments, 4 * len(keys), whole=whole)
 
     def renew(self, slots: Sequence[tuple[Slot, float]], *, whole: bool = False) -> bytes:
@@ -116,10 +120,25 @@ class Keys:
         keys = [*[key for key, _ in names], bulk(self.tombstones)]
         return RESTORE.call(keys, [*arguments, bulk(b"%d" % within)], 4 * len(names) + 1, whole=True)
 
+    def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bytes:
+        """The one command that puts each second one in the place of the first."""
+        keys, arguments = [], []
+        for old, new in slots:
+            key, holder = self._names(new)
+            keys.append(key)
+            arguments.append(b"%b%b%b" % (bulk(b"%d" % milliseconds(new.ttl)), self._names(old)[1], holder))
+        return CLAIM.call(keys, arguments, 3 * len(keys), whole=True)
+
     def give(self, slots: Sequence[Slot]) -> list[Release]:
-        """One ZREM each, which is of use until the lease has ended by itself."""
+        """One command each, whose reply is an integer, and which is of use until the lease has ended by itself."""
         now = monotonic()
-        return [Release(b"*3\r\n$4\r\nZREM\r\n%b%b" % self._names(slot), now + slot.ttl) for slot in slots]
+        return [Release(self._release(slot), now + slot.ttl) for slot in slots]
+
+    def _release(self, slot: Slot) -> bytes:
+        names = self._names(slot)
+        if slot.cost == 1:
+            return b"*3\r\n$4\r\nZREM\r\n%b%b" % names
+        return GIVE.call(names[:1], names[1:], 1, whole=True)
 
     def _names(self, slot: Slot) -> tuple[bytes, bytes]:
         """The packed names of a slot's semaphore and of its holder; kept with the slot, as the release needs them again."""
@@ -130,10 +149,11 @@ class Keys:
 
 
 def member(slot: Slot) -> bytes:
-    """What stands in the sorted set for this holder."""
-    return b"%b\n%d\n%b\n%b" % (
+    """The name of this holder in the sorted set. One that is made anew from what a slot says is the same."""
+    return b"%b\n%d%b\n%b\n%b" % (
         slot.token.encode(),
         int(slot.since * 1000),
+        b"" if slot.cost == 1 else b"x%d" % slot.cost,
         _text(slot.key.text),
         _text(slot.path),
     )
@@ -160,10 +180,16 @@ def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
     return Full(tuple(full), counts) if True in full else Taken(room, counts)
 
 
+def is_filler(stored: bytes) -> bool:
+    """Is this member one of those that a cost of more than 1 needs beside the holder's own?"""
+    return stored.count(SEPARATOR) == 1
+
+
 def holder(key: bytes, prefix: bytes, stored: bytes, ends: float, now: float) -> Holder:
     """A member as people see it; `ends` and `now` in ms of the server's clock, its age by the client's word."""
     token, since, text, path = (stored.split(SEPARATOR, 3) + [b""] * 3)[:4]
     policy = key.removeprefix(prefix).rpartition(b":")[0]
+    since, _, cost = since.partition(b"x")
     began = int(since) if since.isdigit() else now
     return Holder(
         policy.decode(),
@@ -172,4 +198,5 @@ def holder(key: bytes, prefix: bytes, stored: bytes, ends: float, now: float) ->
         max(0.0, (now - began) / 1000),
         (ends - now) / 1000,
         path.decode("utf-8", "replace"),
+        cost=int(cost) if cost.isdigit() else 1,
     )

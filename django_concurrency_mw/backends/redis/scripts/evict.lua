@@ -8,7 +8,7 @@ if not ends then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local left = math.ceil(tonumber(ends) - now)
-redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[1], members(ARGV[1]))
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 if left > 0 then
   redis.call('ZADD', KEYS[2], 'GT', ends, ARGV[2])

@@ -13,7 +13,7 @@ for i, key in ipairs(KEYS) do
   if type(ends) == 'table' then
     reply[i] = -1
   elseif ends and tonumber(ends) > now then
-    redis.call('ZADD', key, 'XX', now + lease, ARGV[2 * i])
+    redis.call('ZADD', key, 'XX', members(ARGV[2 * i], now + lease))
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
     reply[i] = 1
   else

@@ -20,7 +20,7 @@ for i = 1, #KEYS - 1 do
     if now < tonumber(ARGV[#ARGV]) then reply[i] = 1 else reply[i] = 2 end
   end
   if reply[i] == 1 then
-    redis.call('ZADD', key, now + lease, holder)
+    redis.call('ZADD', key, members(holder, now + lease))
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
   end
 end

@@ -1,7 +1,8 @@
 -- Take a slot of every blocking semaphore, or of none; then of each other one that has room.
 --
--- KEYS   one semaphore each: a sorted set, member = holder, score = the end of its lease (ms of this server's clock)
--- ARGV   four for each: limit, lease in ms, 1 if it blocks else 0, the holder
+-- KEYS   one semaphore each: a sorted set, see `members`; score = the end of the lease (ms of this server's clock)
+-- ARGV   four for each: limit, lease in ms, 1 if it blocks else 0, the holder. With a cost of more than 1, twice what it is
+--        more is added to the third.
 -- Returns one integer each (for a single one not in a list): twice its count, plus 1 where it has room (or is held now). If
 --         a blocking one has no room, nothing was taken.
 --
@@ -9,18 +10,20 @@
 -- where there is no room. A key's expiry only ever grows, so that a short lease never ends a longer one.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local room, count, taken = {}, {}, 1
+local room, count, cost, taken = {}, {}, {}, 1
 for i, key in ipairs(KEYS) do
-  local limit = tonumber(ARGV[4 * i - 3])
+  local limit, asked = tonumber(ARGV[4 * i - 3]), tonumber(ARGV[4 * i - 1])
+  local blocks = asked % 2
+  cost[i] = (asked - blocks) / 2 + 1
   count[i] = redis.call('ZCARD', key)
   room[i] = 1
-  if count[i] >= limit and not redis.call('ZSCORE', key, ARGV[4 * i]) then
+  if count[i] + cost[i] > limit and not redis.call('ZSCORE', key, ARGV[4 * i]) then
     if redis.call('ZREMRANGEBYSCORE', key, '-inf', now) > 0 then
       count[i] = redis.call('ZCARD', key)
     end
-    if count[i] >= limit then
+    if count[i] + cost[i] > limit then
       room[i] = 0
-      if ARGV[4 * i - 1] == '1' then taken = 0 end
+      if blocks == 1 then taken = 0 end
     end
   end
 end
@@ -28,7 +31,11 @@ local reply = {}
 for i, key in ipairs(KEYS) do
   if taken == 1 and room[i] == 1 then
     local lease = tonumber(ARGV[4 * i - 2])
-    count[i] = count[i] + redis.call('ZADD', key, now + lease, ARGV[4 * i])
+    if cost[i] == 1 then
+      count[i] = count[i] + redis.call('ZADD', key, now + lease, ARGV[4 * i])
+    else
+      count[i] = count[i] + redis.call('ZADD', key, members(ARGV[4 * i], now + lease))
+    end
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
   end
   reply[i] = 2 * count[i] + room[i]
