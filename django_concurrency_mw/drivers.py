@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import isawaitable
+from time import monotonic
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.functional import LazyObject, empty
 
+from .keeper import keeper
 from .outcomes import StoreFailed, TakeReply
 from .steps import Ask, Claim, Effect, Give, LoadUser, Notify, Steps, Take
 
@@ -130,13 +132,23 @@ async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
 
 async def _aclaim(effect: Claim) -> bool | StoreFailed:
     """In a thread, as it is rare. Cancelled, it runs to its end, and what it got is given back behind it."""
-    store, slots = effect.store, effect.slots
-    task = _keep(sync_to_async(_claim, thread_sensitive=False)(effect))
+    first: list[str] = []
+
+    def claim() -> bool | StoreFailed:
+        reply = _claim(effect)
+        first.append("answered")
+        if first[0] != "answered":
+            new = tuple(new for _, new in effect.slots)
+            try:
+                effect.store.give(new)
+            except Exception:
+                keeper.give_later(effect.store, new, monotonic() + max(slot.ttl for slot in new))
+        return reply
+
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(_keep(sync_to_async(claim, thread_sensitive=False)()))
     except asyncio.CancelledError:
-        got = tuple(new for _, new in slots)
-        task.add_done_callback(lambda done: done.cancelled() or _keep(_swallowed(store.agive(got))))
+        first.append("cancelled")
         raise
 
 

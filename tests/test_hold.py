@@ -289,7 +289,9 @@ def handed_over(policy: str = "exports", **keywords: Any) -> str:
     """What a view gives on whose request has ended since."""
     tokens: list[str] = []
 
-    @concurrency_limit(policy=policy, key=lambda request: "user:42", when=None, methods=["GET"], **keywords)
+    @concurrency_limit(
+        policy=policy, key=lambda request: "user:42", when=lambda request: True, methods=["GET"], **keywords
+    )
     def view(request: Any) -> HttpResponse:
         tokens.append(request.concurrency.hand_over())
         return HttpResponse(status=202)
