@@ -29,6 +29,7 @@ from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
 from .host_file import consistent, held_by_state
+from .proxy import Proxy
 from .redis_server import RedisServer
 from .support import exit_code, wait_until
 from .test_steps import BACKENDS
@@ -459,16 +460,18 @@ class TestTheFile:
 
 
 @pytest.fixture
-def make(redis_server: RedisServer, prefix: str) -> Iterator[Callable[[], RedisBackend]]:
+def make(redis_server: RedisServer, proxy: Proxy, prefix: str) -> Iterator[Callable[..., RedisBackend]]:
+    """Stores that have delivered all before the proxy stops."""
     made: list[RedisBackend] = []
 
-    def make() -> RedisBackend:
-        made.append(RedisBackend(BackendConfig("default", "redis", redis_server.url, prefix, {"socket_timeout": 2})))
+    def make(url: str = redis_server.url, timeout: float = 2) -> RedisBackend:
+        made.append(RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": timeout})))
         return made[-1]
 
     yield make
     for store in made:
         store.close()
+        assert wait_until(lambda store=store: not store._delivering and not store._leftovers)
 
 
 class TestRedis:
@@ -499,6 +502,18 @@ class TestRedis:
         store._lines.call = send  # type: ignore[method-assign]
         assert [count(store, policy) for policy in "ab"] == [2, 2]
         assert not store.claim([(old, slot("late", old.policy, cost=2)) for old, _ in pairs])
+
+    def test_of_a_claim_whose_reply_is_lost_the_new_one_goes(
+        self, make: Callable[..., RedisBackend], proxy: Proxy, redis_server: RedisServer, prefix: str
+    ) -> None:
+        """The old one may be gone, which its caller counts again if he goes on."""
+        store, old = make(proxy.url, 0.25), slot("old", cost=3)
+        store.take([old])
+        proxy.drop_replies = True
+        with pytest.raises(BackendError):
+            store.claim([(carried(old), slot("new", cost=3))])
+        proxy.drop_replies = False
+        assert wait_until(lambda: redis_server.held(prefix) == 0)
 
     def test_a_keys_expiry_only_grows(
         self, make: Callable[[], RedisBackend], redis_server: RedisServer, prefix: str

@@ -93,7 +93,9 @@ class RedisBackend(BaseBackend):
 
     def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
         packed = self._keys.claim(slots)
-        return bool(self._call(packed, (), lambda: packed) == 1)
+        # Whoever is not told that he has claimed does not hold: only behind the claim itself a release cannot overtake it.
+        undo = self._keys.give([new for _, new in slots])
+        return bool(self._call(packed, undo, lambda: packed) == 1)
 
     def _restore(self, holders: Sequence[Restore]) -> list[bool]:
         seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
