@@ -202,6 +202,7 @@ def test_the_page_on_hot_reload_tells_what_the_log_says(
 ) -> None:
     """The settings as they are printed (but for the seconds), and both lines."""
     caplog.set_level("INFO", "django_concurrency_mw")
+    monkeypatch.setattr("django_concurrency_mw.reload._used", {})
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "policies.yaml"
     exports = "policies:\n  report-exports:\n    key: user\n    max_concurrent: 5\n"

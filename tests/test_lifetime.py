@@ -246,7 +246,7 @@ class TestASGI:
             assert await await_until(switch.entered.is_set)
             assert held() == ["all"]
             # A thread that reads the stream does not stop when the client leaves, and Django waits for it.
-            threading.Timer(0.2, switch.go.set).start()
+            threading.Timer(0.05, switch.go.set).start()
             exchange.leave()
             await exchange.end()
             assert switch.go.is_set() or view not in IN_A_THREAD
@@ -282,7 +282,7 @@ class TestASGI:
             exchange = Exchange(ASGIHandler(), f"/{view}/")
             assert await await_until(switch.entered.is_set)
             assert held() == ["all"]
-            threading.Timer(0.2, switch.go.set).start()
+            threading.Timer(0.05, switch.go.set).start()
             exchange.leave()
             await exchange.end()
             assert await await_until(nothing_held)

@@ -28,7 +28,7 @@ ROUNDS = 4
 PREFIX = "servers"
 #: Who is asked -> seconds, and how many have to be admitted at least (250 a second are possible).
 CROWDS = {
-    "gunicorn gthread 2x32 and uvicorn x2": (("gunicorn", "uvicorn"), 3.0 if LONG else 1.5, 50 if LONG else 25),
+    "gunicorn gthread 2x32 and uvicorn x2": (("gunicorn", "uvicorn"), 3.0 if LONG else 1.0, 50 if LONG else 15),
     "gunicorn gthread 2x32": (("gunicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
     "uvicorn x2": (("uvicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
 }
