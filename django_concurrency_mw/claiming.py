@@ -18,7 +18,7 @@ from .lease import Lease
 from .limiter import store_of
 from .outcomes import UNLIMITED, Concurrency, PolicyResult, Rejection, Slot, State, StoreFailed
 from .policies import Policy
-from .steps import RETRY_AFTER, Claim, Steps
+from .steps import RETRY_AFTER, Claim, Steps, lease_seconds
 from .tokens import new_token
 
 
@@ -47,8 +47,8 @@ def claim(handed: HandedOver, lease: Lease, config: Config) -> Steps[Concurrency
 def _as_new(policy: Policy, old: Slot) -> Slot:
     """The same holder by another token, with what is left of its time. Raises: SlotLost where nothing is."""
     age = max(0.0, time() - old.since)
-    most = policy.max_age if policy.renew else old.ttl
-    left = old.ttl if most is None else min(policy.ttl, most - age)
+    most = policy.max_age if policy.renew else lease_seconds(policy)
+    left = policy.ttl if most is None else min(policy.ttl, most - age)
     if left <= 0:
         raise SlotLost(f"policy {policy.name}: its time has ended {-left:.1f} s ago")
     return replace(old, token=new_token(), ttl=left, memo=[])

@@ -64,9 +64,8 @@ class Held:
     @property
     def last(self) -> float:
         """No renewal goes beyond this."""
-        if not self.policy.renew:
-            return self.since + self.slot.ttl
-        return NEVER if self.policy.max_age is None else self.since + self.policy.max_age
+        longest = NEVER if self.policy.max_age is None else self.policy.max_age
+        return self.since + (longest if self.policy.renew else min(self.policy.ttl, longest))
 
     def extended(self, now: float, seconds: float) -> None:
         """It is held for so long from `now`."""

@@ -18,10 +18,12 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory
 
-from django_concurrency_mw import ConcurrencyLimitExceeded, SlotLost, concurrency_limit, conf, hold, keeper, signals
-from django_concurrency_mw.backends import BaseBackend
+from django_concurrency_mw import ConcurrencyLimitExceeded, SlotLost, concurrency_limit, conf, hold, signals
+from django_concurrency_mw.backends import BaseBackend, snapshot_all
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.handover import unpack
+from django_concurrency_mw.keeper import keeper
+from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import store_of
 from django_concurrency_mw.outcomes import HANDED_OVER, Concurrency
 
@@ -68,7 +70,8 @@ TABLE = {
     "costly": {"key": "user", "max_concurrent": 9, "cost": f"{__name__}.limit_of"},
     "shadow": {"key": "user", "max_concurrent": 1, "block": False},
     "short": {"key": "user", "max_concurrent": 1, "ttl": 0.3},
-    "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.2, "renew": False},
+    "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.6, "renew": False},
+    "aged": {"key": "user", "max_concurrent": 1, "ttl": 1.1, "max_age": 1.2},
     "denied": {"key": "user", "max_concurrent": 1, "on_backend_error": "deny"},
 }
 
@@ -347,15 +350,56 @@ class TestHandOver:
             assert wait_until(lambda: monotonic() > began + 0.7)
             assert held() == [("short", "user:42")]
 
-    def test_its_time_goes_on_from_the_request(self, held: Held, block: Block) -> None:
-        """`renew: false`: the slot ends at its ttl as it stands, however often it changes hands."""
+    @pytest.mark.parametrize(("policy", "ends"), [("fixed", 0.6), ("aged", 1.2)])
+    def test_its_time_goes_on_from_the_request(self, held: Held, block: Block, policy: str, ends: float) -> None:
+        """`renew: false` ends at its ttl as it stands, any other at its max_age: however often it changes hands."""
         began = monotonic()
-        with block(handed_over("fixed")) as concurrency:
-            token = concurrency.hand_over()
-            with block(token):
-                assert wait_until(lambda: held() == [], 2)
-        assert monotonic() - began < 1.5
-        assert keeper.keeper.live() == []
+        token = handed_over(policy)
+        assert wait_until(lambda: monotonic() > began + ends - 0.2)
+        with block(token) as concurrency, block(concurrency.hand_over()):
+            assert held() == [(policy, "user:42")]
+            lasts = [one.last for lease in keeper.live() if isinstance(lease, Lease) for one in lease.holdings()]
+            assert lasts == [pytest.approx(began + ends, abs=0.1)]
+            assert wait_until(lambda: held() == [], 3)
+            assert ends - 0.05 < monotonic() - began < ends + 0.3
+        with pytest.raises(SlotLost), block(token):
+            pass
+
+    @pytest.mark.parametrize("block", [in_a_thread, on_a_loop], ids=["threads", "loop"])
+    def test_of_two_stores_all_or_nothing(
+        self, limits: Limits, backend: dict[str, Any], prefix: str, block: Block
+    ) -> None:
+        other = {"BACKEND": "memory", "KEY_PREFIX": f"{prefix}-other"}
+        limits(
+            {
+                "policies": {
+                    name: {"key": "global", "max_concurrent": 1, "backend": name} for name in ("default", "other")
+                }
+            },
+            BACKENDS={"default": backend, "other": other},
+        )
+        tokens: list[str] = []
+
+        @concurrency_limit(policy="default")
+        @concurrency_limit(policy="other")
+        def view(request: Any) -> HttpResponse:
+            tokens.append(request.concurrency.hand_over())
+            return HttpResponse(status=202)
+
+        for lost in (False, True):
+            view(RequestFactory().get("/"))
+            assert sorted(holder.policy for holder in snapshot_all()) == ["default", "other"]
+            if lost:
+                for policy, slot in unpack(tokens[-1]).slots:
+                    if policy.name == "other":
+                        assert store_of(policy, conf.current()).evict(slot.token)
+                kept = hold(tokens[-1])  # its own end would give back too
+                with pytest.raises(SlotLost, match="policy other"), kept if block is in_a_thread else block(tokens[-1]):
+                    pass
+            else:
+                with block(tokens[-1]) as concurrency:
+                    assert [result.policy for result in concurrency.policies] == ["default", "other"]
+            assert wait_until(lambda: list(snapshot_all()) == [])
 
     def test_it_may_be_handed_on(self, held: Held, block: Block) -> None:
         with block(handed_over()) as concurrency:

@@ -28,7 +28,7 @@ def test_a_renewed_lease_holds_the_cap_beside_a_busy_neighbour(
 ) -> None:
     """Views of 4 s under `ttl: 1`, 64 clients, and one more request that spins in Python all the while.
 
-    In the short run 3 s under `ttl: 1.5`: where others keep the machine busy too, a heartbeat of a third of a second may be late.
+    In the short run 3 s under `ttl: 1.5`: where others keep the machine busy too, a heartbeat of 0.33 s may be late.
     """
     name, *options = SERVERS[server]
     with chaos_site(name, redis_server, tmp_path, *options, ttl=1 if LONG else 1.5) as site:
