@@ -123,7 +123,7 @@ def check_whole(own: Checked, base: Checked) -> tuple[dict[str, Any], list[Findi
         for name, row in FIELDS.items()
         if row.required and name not in own.given | base.given
     ]
-    return values, [*own.findings, *missing, *_contradictions(values, own.given)]
+    return values, [*own.findings, *missing, *_contradictions(values, own.given), *_foreign_keys(values, own.given)]
 
 
 def check_defaults(raw: Mapping[Any, object]) -> Checked:
@@ -145,6 +145,19 @@ def _contradictions(values: Mapping[str, Any], given: Collection[str]) -> Iterat
                 f"remove {name}, or write "
                 "block: true",
             )
+
+
+def _foreign_keys(values: Mapping[str, Any], given: Collection[str]) -> Iterator[Finding]:
+    """Keys of `per_key` that no request has; at the one, or at the key that was changed over it."""
+    key, own = values.get("key"), values.get("per_key")
+    if key is None or not own or not {"key", "per_key"} & set(given):
+        return
+    for text in own:
+        example = key.unlike(text)
+        if example is not None:
+            path: Path = ("per_key", text) if "per_key" in given else ("key",)
+            what = f"{shown(text)} is no key of key: {_plain(key.text)}; those look like {example!r}"
+            yield Finding(path, what, at_key=path[0] == "per_key")
 
 
 def check_policy(raw: Mapping[Any, object], defaults: Checked) -> tuple[dict[str, Any], list[Finding]]:
@@ -537,7 +550,8 @@ _ROWS = (
     Field(
         "ttl",
         _lease,
-        'Seconds, or text such as `"90s"` or `"5m"`: how long a slot outlives the process that held it.',
+        'Seconds, or text such as `"90s"` or `"5m"`: how long a slot outlives the process that held it (on `host` it does '
+        "not, unless it was handed over).",
         _LENGTH,
         default=60.0,
     ),

@@ -44,7 +44,8 @@ def hold(
     The block gets a `Concurrency`, as requests do. Its lease is renewed until it ends, however it ends.
 
     Raises, when the block is entered: ConcurrencyLimitExceeded, with the rejection; SlotLost where what was handed over has
-    ended or was claimed before; ImproperlyConfigured for an unknown policy or store; TypeError for a missing argument.
+    ended or was claimed before; ImproperlyConfigured for an unknown policy or store; TypeError for a missing argument;
+    ValueError for a key that the policy cannot have.
     """
     return Hold(policy, key, max_concurrent, cost)
 
@@ -135,7 +136,11 @@ class Hold:
             raise TypeError(
                 f"hold: policy {policy.name} counts by {policy.key.text!r}; give key=, such as key='user:42'"
             )
-        key = make_key(self._key or "global")
+        text = self._key or "global"
+        example = policy.key.unlike(text)
+        if example is not None:
+            raise ValueError(f"hold: {shown(text)} is no key of policy {policy.name}, whose keys look like {example!r}")
+        key = make_key(text)
         return Asked(policy, key, self._limit_of(policy, key.digest), self._cost_of(policy))
 
     def _limit_of(self, policy: Policy, digest: bytes) -> int | None:

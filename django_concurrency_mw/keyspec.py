@@ -69,6 +69,21 @@ class KeySpec:
         # An anonymous user is counted by address.
         object.__setattr__(self, "needs_ip", "ip" in roots or self.kind == "user")
 
+    def unlike(self, text: str) -> str | None:
+        """Where this text cannot be one of its resolved keys: what those look like. (A template's may be anything.)"""
+        if self.kind == "global":
+            return None if text == "global" else "global"
+        starts = {
+            "ip": ("ip:",),
+            "user": ("user:", "ip:"),
+            "session": ("session:", "missing:ip:"),
+            "header": (f"{self.text}:", "missing:ip:"),
+            "get": (f"{self.text}:", "missing:ip:"),
+        }.get(self.kind)
+        if starts is None or text.startswith(starts):
+            return None
+        return {"ip": "ip:203.0.113.9", "user": "user:42"}.get(self.kind, f"{starts[0]}...")
+
 
 def parse_key(value: object) -> KeySpec:
     """Compile what a policy says as its `key`.

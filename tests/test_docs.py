@@ -174,7 +174,7 @@ def holding(tmp_path: Path, limits: Limits) -> dict[str, Any]:
     """The page on `hold`."""
     (tmp_path / "policies.yaml").write_text(block("hold.md", "yaml", "report-exports"))
     limits(tmp_path / "policies.yaml")
-    names: dict[str, Any] = {"done": []}
+    names: dict[str, Any] = {}
     exec(block("hold.md", "python", "nightly_export"), names)
     exec(block("hold.md", "python", "hand_over"), names)
     return names
@@ -191,9 +191,11 @@ def test_the_task_and_the_consumer_of_the_page_on_hold(holding: dict[str, Any]) 
 
 
 def test_the_view_that_hands_over_of_the_page_on_hold(holding: dict[str, Any]) -> None:
+    done: list[tuple[str, str]] = []
+    holding["print"] = lambda *words: done.append(words)
     view = concurrency_limit(policy="report-exports", key="global")(holding["export"])
     assert view(_asking()).status_code == 202
-    assert wait_until(lambda: holding["done"] == ["global"])
+    assert wait_until(lambda: done == [("working for", "global")])
     assert wait_until(lambda: held() == [])
 
 
