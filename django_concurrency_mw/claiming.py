@@ -28,7 +28,8 @@ def claim(handed: HandedOver, lease: Lease, config: Config) -> Steps[Concurrency
     Raises: SlotLost; ConcurrencyLimitExceeded under `deny`; ImproperlyConfigured for slots of another process in a store that
     only its own process sees. Whoever owns the lease gives back then.
     """
-    pairs: dict[int, tuple[BaseBackend, list[tuple[Policy, Slot, Slot]]]] = {}
+    # A shadow policy's slots by themselves, and last: where they have ended the block runs all the same.
+    pairs: dict[tuple[bool, int], tuple[BaseBackend, list[tuple[Policy, Slot, Slot]]]] = {}
     for policy, old in handed.slots:
         store = store_of(policy, config)
         if store.one_process and not handed.here:
@@ -37,9 +38,9 @@ def claim(handed: HandedOver, lease: Lease, config: Config) -> Steps[Concurrency
                 f"use 'host' or 'redis' as {store.config.place}['BACKEND']"
             )
         new = _as_new(policy, old)
-        pairs.setdefault(id(store), (store, []))[1].append((policy, old, new))
+        pairs.setdefault((not policy.block, id(store)), (store, []))[1].append((policy, old, new))
     results: list[PolicyResult] = []
-    for store, group in pairs.values():
+    for _, (store, group) in sorted(pairs.items(), key=lambda pair: pair[0][0]):
         results += yield from _claim_there(store, group, lease, config)
     return Concurrency(bool(results), tuple(results), _lease=lease)
 
@@ -67,18 +68,19 @@ def _claim_there(
             lease.doubt(new)
         else:
             lease.confirm(new, ())
-        denied = [policy for policy in policies if (policy.on_backend_error or config.on_backend_error) == "deny"]
+        denied = [one for one in policies if one.block and (one.on_backend_error or config.on_backend_error) == "deny"]
         if denied:
             raise ConcurrencyLimitExceeded(_unavailable(group, denied))
         lease.expect(store, policies, old)
-        lease.claimed(old)
+        lease.claimed(old, unsure=True)
     elif reply:
         lease.claimed(new)
     else:
         lease.confirm(new, ())
-        names = ", ".join(policy.name for policy in policies)
-        raise SlotLost(f"policy {names}: the lease has ended, or somebody else has claimed it")
-    state: State = "unprotected" if isinstance(reply, StoreFailed) else "held"
+        if policies[0].block:
+            names = ", ".join(policy.name for policy in policies)
+            raise SlotLost(f"policy {names}: the lease has ended, or somebody else has claimed it")
+    state: State = "unprotected" if isinstance(reply, StoreFailed) else "held" if reply else "over"
     return [PolicyResult(policy.name, slot.key.text, state, None, _limit(slot)) for policy, slot, _ in group]
 
 

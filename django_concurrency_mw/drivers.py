@@ -75,7 +75,7 @@ def _claim(effect: Claim) -> bool | StoreFailed:
         return StoreFailed(failure, sent=False)
     try:
         return bool(effect.store.claim(effect.slots))
-    except ImproperlyConfigured:
+    except (ImproperlyConfigured, NotImplementedError):
         raise
     except Exception as error:
         return StoreFailed(error)

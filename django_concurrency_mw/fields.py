@@ -389,7 +389,12 @@ def _network(value: object) -> Any:
     try:
         if not isinstance(value, str):
             raise ValueError("not text")
-        return ipaddress.ip_network(value)
+        network = ipaddress.ip_network(value)
+        if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
+            mapped = network.network_address.ipv4_mapped
+            if mapped is not None:  # addresses are compared as IPv4
+                return ipaddress.ip_network((mapped, network.prefixlen - 96))
+        return network
     except ValueError as error:
         cure = ""
         if isinstance(value, str):

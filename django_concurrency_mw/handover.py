@@ -18,6 +18,8 @@ from .outcomes import HANDED_OVER, UNLIMITED, Key, Slot
 from .policies import Policy
 from .tokens import new_token
 
+#: Characters of a path that are passed on; no store keeps more.
+PATH_LIMIT: Final = 200
 #: Of a policy that was written elsewhere: what it was asked for is in the slot.
 _HANDED: Final = KeySpec("global", "handed over")
 
@@ -66,7 +68,7 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "cost": slot.cost,
         "lease": slot.ttl,
         "token": slot.token,
-        "path": slot.path,
+        "path": slot.path[:PATH_LIMIT],
         "since": slot.since,
     }
 

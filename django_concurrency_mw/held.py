@@ -29,6 +29,7 @@ class Held:
         "maybe",
         "policy",
         "registered",
+        "restoring",
         "since",
         "slot",
         "store",
@@ -50,6 +51,8 @@ class Held:
         self.lost = False
         #: It is somebody else's now, so it is not given back.
         self.handed = False
+        #: The store is just asked to count it again.
+        self.restoring = False
         #: `slot_acquired` was sent, so `slot_released` will be.
         self.announced = False
         self.since = monotonic()

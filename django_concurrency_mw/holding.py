@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
-from types import TracebackType
+import sys
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
 from . import conf, reload
+from .blocks import Block
 from .claiming import claim
-from .drivers import arun, run
 from .exceptions import ConcurrencyLimitExceeded, did_you_mean, shown
 from .fields import FieldError, check_cost, check_limit
 from .handover import HandedOver, unpack
-from .keeper import keeper
-from .keys import limits_of, make_key
+from .keys import limits_of, written
 from .lease import Lease
 from .limiter import admit_outside
 from .outcomes import HANDED_OVER, NOT_LIMITED, Asked, Concurrency
@@ -47,13 +45,17 @@ def hold(
     ended or was claimed before; ImproperlyConfigured for an unknown policy or store; TypeError for a missing argument;
     ValueError for a key that the policy cannot have.
     """
-    return Hold(policy, key, max_concurrent, cost)
+    caller = sys._getframe(1)
+    return Hold(policy, key, max_concurrent, cost, f"{caller.f_code.co_filename}:{caller.f_lineno}")
 
 
-class Hold:
-    """One block, or several one after another."""
+class Hold(Block[Concurrency]):
+    """One block, or several one after another. `place` is where it was written."""
 
-    def __init__(self, policy: str, key: str | None, max_concurrent: int | None, cost: int) -> None:
+    called = "hold"
+
+    def __init__(self, policy: str, key: str | None, max_concurrent: int | None, cost: int, place: str) -> None:
+        super().__init__()
         if not isinstance(policy, str):
             raise TypeError(f"hold: expected the name of a policy, or the text of hand_over(), got {shown(policy)}")
         self._handed: HandedOver | None = None
@@ -63,56 +65,14 @@ class Hold:
             self._handed = unpack(policy)
         if key is not None and (not isinstance(key, str) or not key):
             raise TypeError(f"hold: expected key= to be text such as 'user:42', got {shown(key)}")
-        self._name, self._key, self._limit, self._cost = policy, key, max_concurrent, cost
+        self._name, self._key, self._limit, self._cost, self._place = policy, key, max_concurrent, cost, place
         for name, value, check in (("max_concurrent", max_concurrent, check_limit), ("cost", cost, check_cost)):
             try:
                 value is _NOT_GIVEN or check(value)
             except FieldError as error:
                 raise TypeError(f"hold: {name}: {error}") from error
-        self._lease: Lease | None = None
 
-    def __enter__(self) -> Concurrency:
-        lease = self._begin()
-        try:
-            return run(self._steps(lease))
-        except BaseException:
-            self._end().release()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end().release()
-
-    async def __aenter__(self) -> Concurrency:
-        lease = self._begin()
-        try:
-            return await arun(self._steps(lease))
-        except BaseException:
-            self._end().release()  # not awaited: this may be a cancel, or a coroutine that is closed
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._end().arelease()
-
-    def _begin(self) -> Lease:
-        if self._lease is not None:
-            raise RuntimeError("hold: this block is under way; make one hold(...) for each")
-        lease = self._lease = Lease()
-        # Of a block that nobody ends, such as a generator's that is dropped.
-        weakref.finalize(self, keeper.abandon, lease).atexit = False
-        keeper.ready()
-        return lease
-
-    def _end(self) -> Lease:
-        lease, self._lease = self._lease, None
-        if lease is None:
-            raise RuntimeError("hold: this block has not begun, or has ended")
-        return lease
-
-    def _steps(self, lease: Lease) -> Steps[Concurrency]:
+    def steps(self, lease: Lease) -> Steps[Concurrency]:
         config = conf.current()
         if self._handed is not None:
             return (yield from claim(self._handed, lease, config))
@@ -131,7 +91,7 @@ class Hold:
                 f"hold: no policy {self._name!r} in CONCURRENCY_LIMIT['POLICIES']"
                 + did_you_mean(self._name, (known.name for known in config.table))
             )
-        reload.used(policy.name, "hold()")
+        reload.used(policy.name, self._place)
         if self._key is None and policy.key.kind != "global":
             raise TypeError(
                 f"hold: policy {policy.name} counts by {policy.key.text!r}; give key=, such as key='user:42'"
@@ -140,7 +100,8 @@ class Hold:
         example = policy.key.unlike(text)
         if example is not None:
             raise ValueError(f"hold: {shown(text)} is no key of policy {policy.name}, whose keys look like {example!r}")
-        key = make_key(text)
+        # A header's or a session's value may be raw here too, but where it may be a digest already, as the store shows it.
+        key = written(policy, text)[-1]
         return Asked(policy, key, self._limit_of(policy, key.digest), self._cost_of(policy))
 
     def _limit_of(self, policy: Policy, digest: bytes) -> int | None:

@@ -87,8 +87,11 @@ class Resolver:
             except _NotApplicable:
                 continue
             if isinstance(key, Key):
-                limit = yield from self._limit(policy, key)
-                cost = yield from self._cost(policy)
+                limit, cost = policy.max_concurrent, policy.cost
+                if policy.per_key or not (limit is None or isinstance(limit, int)):
+                    limit = yield from self._limit(policy, key)
+                if not isinstance(cost, int):
+                    cost = yield from self._cost(policy)
                 asking.append(Asked(policy, key, limit, cost))
             else:
                 asking.append(key)
@@ -120,8 +123,7 @@ class Resolver:
 
     def _cost(self, policy: Policy) -> Generator[Effect[Any], Any, int]:
         cost = policy.cost
-        if isinstance(cost, int):
-            return cost
+        assert not isinstance(cost, int)
         answer = yield from Ask[Any](callable_of(cost), (self._request,))
         try:
             return check_cost(answer)

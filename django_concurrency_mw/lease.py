@@ -16,10 +16,13 @@ from dataclasses import replace
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
+from django.core.exceptions import ImproperlyConfigured
+
 from . import health, notices, renewals, signals
+from .backends.base import BaseBackend
 from .drivers import arun, run
 from .handover import pack
-from .held import Held, by_store
+from .held import RENEW_AFTER, Held, by_store
 from .keeper import keeper
 from .outcomes import UNLIMITED, LimitField, PolicyResult, Slot, StoreFailed
 from .policies import Policy
@@ -161,16 +164,28 @@ class Lease:
 
     # -- handing over ---------------------------------------------------------------------------------------
 
-    def claimed(self, slots: Sequence[Slot]) -> None:
-        """These were handed over to it: they are as old as they were, and `slot_released` is sent for them."""
+    def claimed(self, slots: Sequence[Slot], *, unsure: bool = False) -> None:
+        """These were handed over to it: they are as old as they were, and `slot_released` is sent for them.
+
+        `unsure`: the store did not say so. How long their lease is still good for a renewal has to tell, at once.
+        """
         self.confirm(slots, slots)
         for held in self._of(slots):
             held.since -= max(0.0, time() - held.slot.since)
             held.announced = True
+            if unsure and held.policy.renew:
+                held.due = monotonic()
+                held.ends = held.due + held.slot.ttl * RENEW_AFTER
+                keeper.look_at(held.due)
 
     def hand_over(self) -> str:
         """See `Concurrency.hand_over`."""
-        handed = []
+        handed: list[Held] = []
+        for held in list(self._held):
+            if type(held.store).claim is BaseBackend.claim:
+                raise ImproperlyConfigured(
+                    f"policy {held.policy.name}: {type(held.store).__name__} cannot hand slots over; it has no claim()"
+                )
         for held in list(self._held):
             # What is counted here alone, or known to be gone, is nothing that others could claim.
             if held.confirmed and not held.local and not held.lost:
@@ -178,8 +193,14 @@ class Lease:
                 with contextlib.suppress(ValueError):  # another thread gives back
                     self._held.remove(held)
                     handed.append(held)
+        if any(held.restoring for held in handed):  # or it would be counted again after somebody has claimed it
+            with keeper.at_work():
+                pass
         for store, group in by_store(handed):
-            store.detach([held.slot for held in group])
+            try:
+                store.detach([held.slot for held in group])
+            except Exception:
+                logger.exception("slots that are handed over may end with this process")
         gone = {held.slot.semaphore for held in handed}
         self.results = {semaphore: result for semaphore, result in self.results.items() if semaphore not in gone}
         if not self._held:

@@ -51,7 +51,7 @@ class Slot:
     block: bool = True
     path: str = ""
     cost: int = 1
-    #: Seconds since the epoch by our own clock; for people, never for a decision.
+    #: Seconds since the epoch by our own clock; for people, and for the age of what is handed over, never for who is let in.
     since: float = field(default_factory=time, compare=False)
     #: For the store that holds it: what it made of this slot and needs again.
     memo: list[Any] = field(default_factory=list, repr=False, compare=False)

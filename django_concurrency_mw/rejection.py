@@ -161,6 +161,10 @@ def texts(rejection: Rejection) -> tuple[str, str]:
         return _("Too many requests"), _(
             "This request lacks what is needed to tell whose it is, so it is not admitted."
         )
+    if rejection.reason == "cost_above_limit":
+        return _("Too many requests"), _(
+            "This request asks for more than may be in use at once, so it is not admitted."
+        )
     if rejection.retry_after is None:
         return _("Too many requests"), _("No request of this kind is admitted at present.")
     return (

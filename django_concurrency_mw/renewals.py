@@ -111,6 +111,16 @@ def _renew(store: Any, pairs: Sequence[Pair], now: float) -> None:
 
 
 def _restore(store: Any, pairs: Sequence[Pair]) -> None:
+    for _, held in pairs:
+        held.restoring = True  # before it is seen whether it was given back or handed over
+    try:
+        _count_again(store, pairs)
+    finally:
+        for _, held in pairs:
+            held.restoring = False
+
+
+def _count_again(store: Any, pairs: Sequence[Pair]) -> None:
     now = monotonic()
     wanted: list[tuple[Pair, Restore]] = []
     for lease, held in pairs:

@@ -158,23 +158,23 @@ def acquire(
     the lease got in this call.
     """
     account = _Account({}, {})
-    refused = [missing for missing in asked if isinstance(missing, KeyMissing) and missing.rejects]
+    wanted: list[Asked] = []
+    refused: dict[str, None] = {}
+    hopeless: dict[str, None] = {}
+    for entry in asked:
+        if isinstance(entry, KeyMissing):
+            if entry.rejects:
+                refused[entry.policy.name] = None
+        elif entry.cost == 1 or not above_limit(entry):
+            wanted.append(entry)
+        elif entry.policy.block:
+            hopeless[entry.policy.name] = None
+        else:  # a shadow policy's: it would never be let in, so it is not asked
+            account.states[entry.policy.name] = ("over", None)
     if refused:
-        return _rejected(asked, account, "key_missing", {missing.policy.name: None for missing in refused}, ())
-    hopeless = {
-        entry.policy.name: None
-        for entry in asked
-        if isinstance(entry, Asked) and entry.policy.block and above_limit(entry)
-    }
+        return _rejected(asked, account, "key_missing", refused, ())
     if hopeless:
         return _rejected(asked, account, "cost_above_limit", hopeless, ())
-    wanted = []
-    for entry in asked:
-        if isinstance(entry, Asked):
-            if above_limit(entry):  # a shadow policy's: it would never be let in, so it is not asked
-                account.states[entry.policy.name] = ("over", None)
-            else:
-                wanted.append(entry)
     fields: list[LimitField] = []
     for store, group in _rounds(wanted, stores):
         slots = tuple(

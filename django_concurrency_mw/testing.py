@@ -6,7 +6,6 @@ Both read the settings in force when they are entered, so `override_settings` ma
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import monotonic, sleep
@@ -17,10 +16,9 @@ from django.core.exceptions import ImproperlyConfigured
 
 from . import conf, decorators
 from .backends import BaseBackend, Holder
-from .drivers import arun, run
+from .blocks import Block
 from .exceptions import BackendError, did_you_mean, shown
 from .held import Held, by_store
-from .keeper import keeper
 from .keys import make_key, written
 from .lease import Lease
 from .limiter import store_of
@@ -57,8 +55,10 @@ def hold_slots(policy: str, key: str | None = None, n: int = 1) -> HeldSlots:
     return HeldSlots(policy, key, n)
 
 
-class HeldSlots:
+class HeldSlots(Block[None]):
     """One block of `hold_slots`, or several one after another."""
+
+    called = "hold_slots"
 
     def __init__(self, policy: str, key: str | None, n: int) -> None:
         if not isinstance(policy, str):
@@ -69,16 +69,8 @@ class HeldSlots:
             raise TypeError(f"hold_slots: expected n to be a number of slots, got {shown(n)}")
         if n < 0:
             raise ValueError(f"hold_slots: expected n to be 0 or more, got {n}")
+        super().__init__()
         self._name, self._key, self._number = policy, key, n
-        self._lease: Lease | None = None
-
-    def __enter__(self) -> None:
-        lease = self._begin()
-        try:
-            run(self._steps(lease))
-        except BaseException:
-            self._end().release()
-            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,14 +80,6 @@ class HeldSlots:
         lease.release()
         _await_given(held)
 
-    async def __aenter__(self) -> None:
-        lease = self._begin()
-        try:
-            await arun(self._steps(lease))
-        except BaseException:
-            self._end().release()  # not awaited: this may be a cancel, or a coroutine that is closed
-            raise
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -104,22 +88,7 @@ class HeldSlots:
         await lease.arelease()
         await sync_to_async(_await_given, thread_sensitive=False)(held)
 
-    def _begin(self) -> Lease:
-        if self._lease is not None:
-            raise RuntimeError("hold_slots: this block is under way; make one hold_slots(...) for each")
-        lease = self._lease = Lease()
-        # Of a block that nobody ends, such as a generator's that is dropped.
-        weakref.finalize(self, keeper.abandon, lease).atexit = False
-        keeper.ready()
-        return lease
-
-    def _end(self) -> Lease:
-        lease, self._lease = self._lease, None
-        if lease is None:
-            raise RuntimeError("hold_slots: this block has not begun, or has ended")
-        return lease
-
-    def _steps(self, lease: Lease) -> Steps[None]:
+    def steps(self, lease: Lease) -> Steps[None]:
         for store, policy, key in self._semaphores():
             for first in range(0, self._number, AT_ONCE):
                 yield from self._fill(lease, store, policy, key, min(AT_ONCE, self._number - first))

@@ -117,6 +117,7 @@ def test_every_row_is_documented_in_one_line_and_has_a_schema() -> None:
         ("response_callback", busy, busy),
         ("response_callback", "shop.limits.busy", "shop.limits.busy"),
         ("except_ips", ["10.0.0.0/8", "::1"], (ip_network("10.0.0.0/8"), ip_network("::1/128"))),
+        ("except_ips", ["::ffff:10.0.0.0/104"], (ip_network("10.0.0.0/8"),)),
         ("except_users", [1, "abc"], (1, "abc")),
         ("per_key", {"user:42": 50, "ip:1": None}, {"user:42": 50, "ip:1": None}),
         ("cost", 1000, 1000),

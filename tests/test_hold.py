@@ -8,21 +8,25 @@ import json
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
-from django.test import RequestFactory
+from django.test import RequestFactory, override_settings
 
-from django_concurrency_mw import ConcurrencyLimitExceeded, SlotLost, concurrency_limit, conf, hold, signals
+from django_concurrency_mw import ConcurrencyLimitExceeded, SlotLost, concurrency_limit, conf, hold, renewals, signals
 from django_concurrency_mw.backends import BaseBackend, snapshot_all
+from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.handover import unpack
 from django_concurrency_mw.keeper import keeper
+from django_concurrency_mw.keys import digest_text
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import store_of
 from django_concurrency_mw.outcomes import HANDED_OVER, Concurrency
@@ -72,6 +76,8 @@ TABLE = {
     "short": {"key": "user", "max_concurrent": 1, "ttl": 0.3},
     "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.6, "renew": False},
     "aged": {"key": "user", "max_concurrent": 1, "ttl": 1.1, "max_age": 1.2},
+    "by-header": {"key": "header:X-Api-Key", "max_concurrent": 1, "per_key": {"header:X-Api-Key:gold": 2}},
+    "shadow-denied": {"key": "user", "max_concurrent": 1, "block": False, "ttl": 0.3},
     "denied": {"key": "user", "max_concurrent": 1, "on_backend_error": "deny"},
 }
 
@@ -156,6 +162,12 @@ class TestABlock:
             with block(policy, key="user:1", **{argument: 1}):
                 assert held() == [(policy, "user:1")]
 
+    def test_a_headers_value_may_be_written_raw(self, held: Held, block: Block) -> None:
+        shown = f"header:X-Api-Key:{digest_text('gold')}"
+        with block("by-header", key="header:X-Api-Key:gold"), block("by-header", key=shown) as concurrency:
+            assert held() == [("by-header", shown)] * 2, "one semaphore, and nothing of the value in the store"
+            assert concurrency.policies[0].limit == 2
+
     def test_a_shadow_policy_lets_it_run_without_a_slot(self, held: Held, block: Block) -> None:
         with block("shadow", key="user:1"), block("shadow", key="user:1") as concurrency:
             assert concurrency.policies[0].state == "over"
@@ -208,6 +220,12 @@ class TestABlock:
             assert concurrency.hand_over() == HANDED_OVER
 
 
+class Own(MemoryBackend):
+    """A store of a project's own that knows nothing of handing over."""
+
+    claim = BaseBackend.claim
+
+
 def broken(store: BaseBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> Any:
         raise BackendError("down", whole=False)
@@ -235,6 +253,13 @@ class TestMistakes:
                 TypeError,
                 "max_concurrent: expected an integer >= 0",
             ),
+            (
+                ["exports"],
+                {"key": "42"},
+                ValueError,
+                "'42' is no key of policy exports, whose keys look like 'user:42'",
+            ),
+            (["all"], {"key": "user:1"}, ValueError, "look like 'global'"),
             ([None], {}, TypeError, "the name of a policy"),
             ([HANDED_OVER + "e30="], {}, ValueError, "not made by hand_over"),
             ([HANDED_OVER + "%%%"], {}, ValueError, "not made by hand_over"),
@@ -275,6 +300,15 @@ class TestOnALoop:
         assert held() == [("all", "global")]
         del running
         assert wait_until(lambda: held() == [])
+
+    def test_many_blocks_of_one_leave_nothing_behind(self, limits: Limits) -> None:
+        limits({"policies": {"all": {"key": "global", "max_concurrent": 1}}})
+        again = hold("all")
+        before = len(weakref.finalize._registry)  # type: ignore[attr-defined]  # private: what would pile up
+        for _ in range(100):
+            with again:
+                pass
+        assert len(weakref.finalize._registry) == before  # type: ignore[attr-defined]
 
     def test_a_block_that_nobody_ends(self, held: Held) -> None:
         block = hold("all")
@@ -463,6 +497,88 @@ class TestHandOver:
         with block(denied):
             pass
         assert wait_until(lambda: held() == [])
+
+    def test_a_shadow_policys_slot_keeps_nobody_from_running(
+        self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        token = handed_over("shadow-denied")
+        assert held() == [("shadow-denied", "user:42")]
+        assert wait_until(lambda: held() == [], 2)
+        with block(token) as concurrency:
+            assert concurrency.policies[0].state == "over"
+        with override_settings(CONCURRENCY_LIMIT={**settings.CONCURRENCY_LIMIT, "ON_BACKEND_ERROR": "deny"}):
+            token = handed_over("shadow-denied")
+            with monkeypatch.context() as failing:
+                broken(held.store, failing)
+                with block(token) as concurrency:
+                    assert concurrency.policies[0].state == "unprotected"
+
+    def test_a_claim_that_failed_is_renewed_at_once(
+        self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """How much of the lease is left nobody knows, and the store may work for everybody else."""
+        token = handed_over("short")
+        began = monotonic()
+        assert wait_until(lambda: monotonic() > began + 0.18)
+        renewed = threading.Event()
+        renew = held.store.renew
+
+        def renewing(slots: Any) -> Any:
+            renewed.set()
+            return renew(slots)
+
+        monkeypatch.setattr(held.store, "renew", renewing)
+        with monkeypatch.context() as failing:
+            broken(held.store, failing)
+            with block(token):
+                assert renewed.wait(0.1), "not a third of its ttl later"
+                assert wait_until(lambda: monotonic() > began + 0.6)
+                assert held() == [("short", "user:42")]
+
+    def test_a_store_that_cannot_says_so(self, limits: Limits) -> None:
+        """At the hand-over, where the slots are still the request's own."""
+        limits(
+            {"policies": {"all": {"key": "global", "max_concurrent": 1}}},
+            BACKENDS={"default": {"BACKEND": f"{__name__}.Own", "KEY_PREFIX": "own"}},
+        )
+        with hold("all") as concurrency:
+            with pytest.raises(ImproperlyConfigured, match="Own cannot hand slots over"):
+                concurrency.hand_over()
+            assert len(snapshot_all()) == 1
+        assert snapshot_all() == []
+
+    def test_a_store_that_fails_to_let_go_is_no_reason_to_lose_the_token(
+        self, held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fails(slots: Any) -> None:
+            raise RuntimeError("of the store's own")
+
+        monkeypatch.setattr(held.store, "detach", fails)
+        with hold(handed_over()):
+            assert held() == [("exports", "user:42")]
+        assert "may end with this process" in caplog.text
+
+    def test_it_waits_for_a_recount_under_way(self, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or the slot would be counted again after somebody has claimed it, by a token that nobody gives back."""
+        entered, go = threading.Event(), threading.Event()
+        restore = held.store.restore
+
+        def restoring(holders: Any) -> Any:
+            entered.set()
+            assert go.wait(5)
+            return restore(holders)
+
+        monkeypatch.setattr(held.store, "restore", restoring)
+        with hold("fixed", key="user:42", max_concurrent=5) as concurrency:
+            recount = threading.Thread(target=renewals.recount, args=(held.store,))
+            recount.start()
+            assert entered.wait(5)
+            threading.Timer(0.05, go.set).start()
+            token = concurrency.hand_over()
+            assert go.is_set()
+            recount.join()
+        with hold(token):
+            assert len(held()) == 1
 
     def test_a_release_while_it_is_handed_over_gives_back_one_of_both(self, held: Held) -> None:
         """A hundred times at once: whoever is first has it, and nothing is lost or given back twice."""

@@ -103,6 +103,11 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "an unknown field": (GOOD + "    max_ages: 1\n", f"5:5: {FIELD}max_ages: ", "did you mean 'max_age'?"),
     "a field of a later version": (GOOD + "    wait: 2\n", f"5:5: {FIELD}wait: ", "remove it"),
     "a wrong value of a later version": (GOOD + "    cost: x\n", f"5:11: {FIELD}cost: ", "from 1 to 1000"),
+    "a key that no request has": (
+        GOOD + "    per_key: {user:1: 2, '42': 9}\n",
+        f"5:26: {FIELD}per_key.42: ",
+        "'42' is no key of key: user; those look like 'user:42'",
+    ),
     "a text for a list": (GOOD + "    url_names: a\n", f"5:16: {FIELD}url_names: ", 'write ["a"]'),
     "a wrong entry": (GOOD + "    url_names:\n      - a\n      - 3\n", f"7:9: {FIELD}url_names[1]: ", "got 3"),
     "no key": ("policies:\n  a:\n    max_concurrent: 1\n", "2:3: policies.a: ", "key is required, such as key: user"),
