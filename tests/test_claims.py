@@ -24,6 +24,7 @@ from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
+from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
@@ -340,21 +341,114 @@ class TestAmongProcesses:
         assert len(host.snapshot()) == 63
 
     def test_to_hand_over_waits_for_nobody(self, host: HostBackend, path: Path) -> None:
-        """Where the table is locked it is done with the next call."""
+        """Where the table is locked it is done when that is over, and needs no other call of this process."""
         old = slot("old")
         host.take([old])
-        fd = os.open(path, os.O_RDWR)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        other = made(path)
+        count(other)
+        fd = locked(path)
         start = monotonic()
         host.detach([old])
         assert monotonic() - start < access.TIMEOUT / 2
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        sleep(2 * access.TIMEOUT)  # one try of the keeper is over
         os.close(fd)
-        other = made(path)
-        assert [holder.pid for holder in other.snapshot()] == [os.getpid()]
-        host.renew([])
-        assert [holder.pid for holder in other.snapshot()] == [None]
+        assert wait_until(lambda: [holder.pid for holder in other.snapshot()] == [None])
+        assert wait_until(lambda: not host._access._late)
+        assert consistent(opened(host)) == []
         other.close()
+
+    @pytest.mark.parametrize("seconds", [0.1, 2 * access.TIMEOUT + 0.1])
+    def test_who_hands_over_while_the_table_is_locked_may_end(
+        self, host: HostBackend, path: Path, run_python: Callable[..., Any], seconds: float
+    ) -> None:
+        """Its exit waits for that, and longer than one call does."""
+        host.take([slot("own")])
+        ended = run_python("-c", HANDS_OVER_AND_ENDS, path, str(seconds))
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert [holder.pid for holder in host.snapshot() if holder.token == "kept"] == [None]
+        assert host.claim([(slot("kept"), slot("new"))])
+        assert tokens(host) == ["new", "own"]
+
+    def test_an_exit_is_not_held_up_by_a_file_that_cannot_be_opened(
+        self, host: HostBackend, path: Path, run_python: Callable[..., Any]
+    ) -> None:
+        ended = run_python("-c", HANDS_OVER_WHAT_IS_GONE, path)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert float(ended.stdout) < 1
+
+    def test_a_child_does_not_hand_over_what_its_parent_holds(self, host: HostBackend, path: Path) -> None:
+        old = slot("old")
+        host.take([old])
+        fd = locked(path)
+        host.detach([old])
+        pid = os.fork()
+        if pid == 0:
+            start = monotonic()
+            keeper.flush()
+            left = host._access._late or host._access._kept or keeper._calls
+            os._exit(1 if left or monotonic() - start > access.TIMEOUT / 2 else 0)
+        assert exit_code(pid) == 0
+        os.close(fd)
+        assert wait_until(lambda: not host._access._late)  # the parent does
+        assert [holder.pid for holder in host.snapshot()] == [None]
+
+    def test_a_process_without_room_for_the_keepers_thread_hands_over(
+        self, host: HostBackend, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_room() -> None:
+            raise RuntimeError("can't start new thread")
+
+        old = slot("old")
+        host.take([old])
+        fd = locked(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(keeper, "ready", no_room)
+            host.detach([old])
+        os.close(fd)
+        keeper.ready()
+        assert wait_until(lambda: not host._access._late)
+        assert [holder.pid for holder in host.snapshot()] == [None]
+
+
+def locked(path: Path) -> int:
+    """The table is locked until this descriptor is closed."""
+    fd = os.open(path, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+#: For a Python of its own, which ends as any program does: the path, and for how many seconds the table stays locked.
+HANDS_OVER_AND_ENDS = """
+import sys, threading
+from pathlib import Path
+from os import close
+from tests.test_claims import locked, made, slot
+
+store = made(Path(sys.argv[1]))
+store.take([slot("kept")])
+timer = threading.Timer(float(sys.argv[2]), close, (locked(Path(sys.argv[1])),))
+timer.daemon = True
+timer.start()
+store.detach([slot("kept")])
+"""
+HANDS_OVER_WHAT_IS_GONE = """
+import sys, time
+from pathlib import Path
+from tests.test_claims import access, made, slot
+
+path = Path(sys.argv[1])
+gone = path.with_name("gone")
+gone.mkdir()
+store = made(gone / "table")
+store.take([slot("kept")])
+(gone / "table").unlink()
+gone.rmdir()
+store._access._looked -= access.LOOK_EVERY + 1
+store.detach([slot("kept")])
+start = time.monotonic()
+access.keeper.flush()
+print(time.monotonic() - start)
+"""
 
 
 class TestTheFile:

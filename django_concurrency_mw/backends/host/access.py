@@ -20,6 +20,7 @@ from time import monotonic, monotonic_ns, sleep
 from typing import Any, Final, TypeVar
 
 from ...exceptions import BackendError
+from ...keeper import keeper
 from .layout import Header, Layout
 from .locking import UNLOCK, try_lock, unlock
 from .opening import is_at, open_file, open_table
@@ -36,6 +37,8 @@ TIMEOUT: Final = 0.25
 NAP, LONGEST_NAP = 0.000_02, 0.001
 #: A coroutine lets its loop turn so often before it naps.
 TURNS: Final = 3
+#: Seconds between two tries of the keeper to carry out what was put aside.
+LATE_AGAIN: Final = 0.25
 #: Is the file still there? It is looked at this often (ns).
 LOOK_EVERY: Final = 1_000_000_000
 
@@ -53,6 +56,10 @@ _DIRTY: Final = Header.DIRTY
 
 class Inside(BackendError):
     """A call inside another one of the same thread: from a signal handler, or from a garbage collection."""
+
+
+class StaysLocked(BackendError):
+    """The table's lock was waited for, and was not free."""
 
 
 class Access:
@@ -88,6 +95,8 @@ class Access:
         self._looked = 0
         #: Put aside, to be done by the next call before its own work.
         self._late: deque[tuple[Work[Any, object], Any]] = deque()
+        #: The keeper will see to that, should no call come.
+        self._kept = False
         for fd in fds:
             _close(fd)
 
@@ -138,11 +147,36 @@ class Access:
         self._late.append((work, argument))
 
     def at_once(self, work: Work[A, object], argument: A) -> None:
-        """Without any waiting: where the table is locked it is done with the next call."""
+        """Without any waiting: where the table is locked it is done by the keeper, or by a call that comes before it."""
         self._late.append((work, argument))
-        for _ in range(TURNS):
-            if self._late:
-                self._carry_out_late()
+        try:
+            for _ in range(TURNS):
+                if self._late:
+                    self._carry_out_late()
+        finally:  # the process may make no other call, and must not end without it
+            if self._late and not self._kept:
+                self._keep(0)
+
+    def _keep(self, seconds: float) -> None:
+        self._kept = True
+        with contextlib.suppress(RuntimeError):  # there is no room for its thread: it is done at exit then
+            keeper.at(seconds, self._wait_for_late)
+
+    def _wait_for_late(self) -> None:
+        """In the keeper's thread, or at the exit of the process: nobody else waits meanwhile."""
+        again = LATE_AGAIN
+        try:
+            if self._late:  # else there may be no file to open any more
+                self.call(_nothing, None)
+        except StaysLocked:
+            if keeper.exiting:  # what is not due before the exit's time is over is not tried any more
+                again = 0
+        except BackendError:
+            pass
+        finally:
+            self._kept = False
+            if self._late:  # or added since
+                self._keep(again)
 
     def _attempt(self, work: Work[A, R], argument: A, opens: bool) -> R | _Not:
         """Carry it out, if the table is free. `opens`: also if the file has to be opened first, which takes milliseconds.
@@ -248,8 +282,8 @@ class Access:
         with contextlib.suppress(BackendError):
             self._attempt(_nothing, None, False)
 
-    def _stayed_locked(self) -> BackendError:
-        return BackendError(
+    def _stayed_locked(self) -> StaysLocked:
+        return StaysLocked(
             f"{self._path} stayed locked for {TIMEOUT} s: a process stands still inside, or the machine is very busy"
         )
 
