@@ -360,25 +360,16 @@ def _decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:
 
 def _about(policy: Policy, config: conf.Config) -> Iterator[CheckMessage]:
     yield from _tried(partial(store_of, policy, config), policy, "E002")
-    named = {
-        "key": policy.key.function,
-        "when": policy.when if is_dotted_path(policy.when) else None,
-        "max_concurrent": policy.max_concurrent,
-        "cost": policy.cost,
-        "response_callback": policy.response_callback,
-    }
-    for field, path in named.items():
-        if isinstance(path, str):
-            yield from _tried(partial(callable_of, path), policy, "E003", f"{field}: ")
+    for name, path in conf.dotted_paths(policy).items():
+        yield from _tried(partial(callable_of, path), policy, "E003", name)
 
 
-def _tried(use: Callable[[], Any], policy: Policy, number: str, field: str = "") -> Iterator[CheckMessage]:
+def _tried(use: Callable[[], Any], policy: Policy, number: str, name: str = "") -> Iterator[CheckMessage]:
     try:
         use()
     except Exception as error:  # a store of the project's may fail in any way when it is made
-        what = "" if isinstance(error, ImproperlyConfigured) else f"{type(error).__name__}: "
         yield Error(
-            f"{policy.place}: policy {policy.name}: {field}{what}{error}",
+            f"{policy.place}: {conf.failure(policy, name, error)}",
             hint="A view that this policy limits answers with this error until it is mended.",
             id=f"django_concurrency_mw.{number}",
         )

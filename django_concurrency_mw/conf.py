@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 
 from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, get_backend, worker_suffix
 from .client import TrustedProxies
@@ -152,16 +153,32 @@ class _Owner:
         _current = (self._raw, replace(_current[1], table=table, loaded=loaded))
 
 
+def dotted_paths(policy: Policy) -> dict[str, str]:
+    """The dotted paths that a policy names, which requests resolve at first use; by field."""
+    named = {
+        "key": policy.key.function,
+        "when": policy.when if is_dotted_path(policy.when) else None,
+        "max_concurrent": policy.max_concurrent,
+        "cost": policy.cost,
+        "response_callback": policy.response_callback,
+    }
+    return {name: path for name, path in named.items() if isinstance(path, str)}
+
+
+def failure(policy: Policy, name: str, error: BaseException) -> str:
+    """What a message says of a policy's field (none: of its store) that cannot be used."""
+    what = "" if isinstance(error, ImproperlyConfigured) else f"{type(error).__name__}: "
+    return f"policy {policy.name}: {name and f'{name}: '}{what}{error}"
+
+
 def _unusable(policy: Policy, config: Config) -> Iterable[Problem]:
-    uses: list[Callable[[], object]] = [partial(get_backend, policy.backend, config.backends)]
-    when = policy.when if is_dotted_path(policy.when) else None
-    named = (policy.key.function, when, policy.max_concurrent, policy.cost, policy.response_callback)
-    uses += [partial(callable_of, path) for path in named if isinstance(path, str)]
-    for use in uses:
+    uses: list[tuple[str, Callable[[], object]]] = [("", partial(get_backend, policy.backend, config.backends))]
+    uses += [(name, partial(callable_of, path)) for name, path in dotted_paths(policy).items()]
+    for name, use in uses:
         try:
             use()
-        except Exception as error:  # a store or a module of the project's may fail in any way
-            yield Problem(policy.place, f"policy {policy.name}: {error}")
+        except (Exception, SystemExit) as error:  # a store or a module of the project's may fail in any way
+            yield Problem(policy.place, failure(policy, name, error))
 
 
 def compile_settings(raw: object) -> Config:

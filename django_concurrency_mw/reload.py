@@ -1,7 +1,8 @@
 """Hot reload: looks at the policy file again and again, and lets a new table take the place of the one in force.
 
 A file is the same while its stat is (inode, size, times), or else its content. A new content that is good is in force at the
-look that sees it. One that is bad changes nothing, and is logged once.
+look that sees it. One that is bad changes nothing, and is logged once. What cannot be parsed is bad for good; whatever else is
+wrong may be mended elsewhere (a module arrives, a decorator goes), so it is asked about again at each look.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ AGAIN = 0.05
 SETTLED = 3.0
 #: Places that a message names of those that use a policy.
 PLACES = 4
+#: Different things that the log says of one content: a text with a time or an address in it is another at each look.
+TEXTS = 10
 
 _used: dict[str, dict[str, None]] = {}
 _asked: list[Callable[[PolicyTable], Sequence[Problem]]] = []
@@ -92,8 +95,12 @@ class Watch:
         self._suspect: bytes | None = None
         #: Looks in a row that found nothing to read.
         self._misses = 0
-        #: What was complained of since the last good content: digests, and errors of reading.
-        self._refused: set[bytes | str] = set()
+        #: The content that was refused for what may be mended elsewhere, and its table.
+        self._waiting: tuple[bytes, PolicyTable] | None = None
+        #: The contents that cannot be parsed, since the last good one.
+        self._broken: set[bytes] = set()
+        #: What was logged since the last good content, of each; None: of one that cannot be read.
+        self._refused: dict[bytes | None, set[str]] = {}
 
     def stop(self) -> None:
         """Look no more."""
@@ -118,13 +125,15 @@ class Watch:
         try:
             found = _stat(self._loaded)
             if (identity := _identity(found)) == self._settled:
+                if self._waiting is not None:
+                    self._try(table, *self._waiting)
                 return self._interval
             content = read(self._loaded.path, self._loaded.label)
         except ConfigurationError as error:
             # Between `rm` and `mv` there is none for a moment.
             self._misses += 1
             if self._misses > 1:
-                self._refuse(str(error), error.problems)
+                self._refuse(None, error.problems)
             return self._interval
         self._misses = 0
         if not self._settle(table, content, age=time() - found.st_mtime):
@@ -138,47 +147,75 @@ class Watch:
         if digest == self._loaded.digest:
             self._back()
             return True
-        if digest in self._refused:
+        if self._waiting is not None and digest == self._waiting[0]:
+            return self._try(table, *self._waiting)
+        self._waiting = None
+        if digest in self._broken:
             return True
         if abs(age) < AGAIN and digest != self._suspect:  # somebody may just be writing it
             self._suspect = digest
             return False
         try:
             new = parse(content, self._loaded.label)
+        except ConfigurationError as error:
+            if not self._complain(digest, error.problems):
+                return False
+            self._broken.add(digest)
+            return True
+        except (Exception, SystemExit) as error:  # nothing that a file says may end the looks
+            return self._complain(digest, [self._failure(error)])
+        return self._try(table, digest, new)
+
+    def _try(self, table: PolicyTable, digest: bytes, new: PolicyTable) -> bool:
+        """Switch to this table if there is nothing against it (any more). Returns what `_settle` does."""
+        try:
             problems = [*_dropped(table, new, self._loaded.label), *self._owner.problems(new)]
             problems += [problem for ask in _asked for problem in ask(new)]
         except ConfigurationError as error:
             problems = list(error.problems)
-        except Exception as error:  # nothing that a file says may end the looks
-            problems = [Problem(self._loaded.label, f"{type(error).__name__}: {error}")]
+        except (Exception, SystemExit) as error:  # a module of the project's may even want to end the process
+            problems = [self._failure(error)]
         if not problems:
             self._switch(table, new, digest)
-        elif digest != self._suspect:
+            return True
+        self._waiting = (digest, new)
+        return self._complain(digest, problems)
+
+    def _failure(self, error: BaseException) -> Problem:
+        return Problem(self._loaded.label, f"{type(error).__name__}: {error}")
+
+    def _complain(self, digest: bytes, problems: Sequence[Problem]) -> bool:
+        """Refuse the content, but not at the first sight of it. Returns what `_settle` does."""
+        if digest != self._suspect:
             self._suspect = digest
             return False
-        else:
-            self._refuse(digest, problems)
+        self._refuse(digest, problems)
         return True
 
     def _switch(self, old: PolicyTable, new: PolicyTable, digest: bytes) -> None:
         self._loaded = Loaded(self._loaded.path, self._loaded.label, digest)
         self._owner.switch(new, self._loaded)
-        self._suspect = None
-        self._refused.clear()
+        self._forget()
         logger.info("%s: reloaded: %s", self._loaded.label, difference(old, new))
 
-    def _refuse(self, what: bytes | str, problems: Sequence[Problem]) -> None:
-        if what not in self._refused:
-            self._refused.add(what)
-            logger.error(
-                "%s: not reloaded, the policies in force stay: %s", self._loaded.label, "; ".join(map(str, problems))
-            )
+    def _refuse(self, digest: bytes | None, problems: Sequence[Problem]) -> None:
+        text = "; ".join(map(str, problems))
+        said = self._refused.setdefault(digest, set())
+        if text not in said and len(said) < TEXTS:
+            said.add(text)
+            logger.error("%s: not reloaded, the policies in force stay: %s", self._loaded.label, text)
 
     def _back(self) -> None:
-        self._suspect = None
-        if self._refused:
-            self._refused.clear()
+        refused = bool(self._refused)
+        self._forget()
+        if refused:
             logger.info("%s: says again what is in force", self._loaded.label)
+
+    def _forget(self) -> None:
+        """The content is good."""
+        self._suspect = self._waiting = None
+        self._broken.clear()
+        self._refused.clear()
 
 
 def difference(old: PolicyTable, new: PolicyTable) -> str:

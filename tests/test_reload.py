@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from time import sleep
 from typing import Any
 from weakref import WeakSet
 
@@ -20,6 +21,7 @@ from django.utils.autoreload import autoreload_started, get_reloader
 
 from django_concurrency_mw import concurrency_limit, conf, decorators, reload
 from django_concurrency_mw.backends import get_backend
+from django_concurrency_mw.exceptions import Problem
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.middleware import ConcurrencyLimitMiddleware
 from django_concurrency_mw.policies import PolicyTable
@@ -87,17 +89,18 @@ def moved(file: Path, content: str, *, long_ago: bool = False) -> None:
 
 
 class Owner:
-    """Has a table, and nothing else."""
+    """Has a table, and what it has against others."""
 
     def __init__(self, table: PolicyTable) -> None:
         self.now: PolicyTable | None = table
         self.switched = 0
+        self.against: list[Problem] = []
 
     def table(self) -> PolicyTable | None:
         return self.now
 
-    def problems(self, table: PolicyTable) -> list[Any]:
-        return []
+    def problems(self, table: PolicyTable) -> list[Problem]:
+        return self.against
 
     def switch(self, table: PolicyTable, loaded: reload.Loaded) -> None:
         self.now = table
@@ -289,9 +292,70 @@ class TestOneLook:
         assert len(said(caplog, logging.ERROR)) == 1
         assert hand.limit == 5
 
-    def test_no_error_of_ours_ends_them(self, hand: Hand, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("ahead", [0, 60], ids=["written just now", "written long ago"])
+    def test_what_is_wrong_outside_the_file_is_asked_about_at_each_look(
+        self, hand: Hand, caplog: Any, monkeypatch: pytest.MonkeyPatch, ahead: float
+    ) -> None:
+        """One line for each distinct text; and the content is not parsed again, which takes long."""
+        hand.write(text(2), age=1 + ahead)
+        hand.owner.against = [Problem("shop", "no module yet")]
+        assert hand.look() == reload.AGAIN
+        assert hand.look() == INTERVAL
+        monkeypatch.setattr(reload, "parse", None)
+        for _ in range(3):
+            assert hand.look() == INTERVAL
+        for message in ("it fails now", "no module yet", "it fails now"):
+            hand.owner.against = [Problem("shop", message)]
+            hand.look()
+        assert [line.partition("stay: ")[2] for line in said(caplog, logging.ERROR)] == [
+            "shop: no module yet",
+            "shop: it fails now",
+        ]
+        assert hand.limit == 5
+        hand.owner.against = []
+        assert (hand.look(), hand.limit) == (INTERVAL, 2)
+        assert said(caplog, logging.INFO) == [f"{hand.file}: reloaded: changed all"]
+
+    def test_a_text_that_is_another_at_each_look_does_not_fill_the_log(self, hand: Hand, caplog: Any) -> None:
+        hand.write(text(2))
+        for number in range(50):
+            hand.owner.against = [Problem("shop", f"failed at 0x{number}")]
+            hand.look()
+        assert len(said(caplog, logging.ERROR)) == reload.TEXTS
+        hand.write(text(3))
+        hand.look()
+        hand.look()
+        assert len(said(caplog, logging.ERROR)) == reload.TEXTS + 1, "another content"
+
+    def test_what_was_wrong_outside_is_forgotten_with_its_content(self, hand: Hand, caplog: Any) -> None:
+        hand.owner.against = [Problem("shop", "no module yet")]
+        for content in ("policies: [", text()):
+            hand.write(text(2), age=60)
+            hand.look()
+            hand.look()
+            hand.write(content, age=60)
+            hand.look()
+            hand.look()
+            hand.owner.against = []
+            assert (hand.look(), hand.limit) == (INTERVAL, 5)
+            hand.owner.against = [Problem("shop", "no module yet")]
+
+    def test_what_cannot_be_parsed_is_parsed_no_more(
+        self, hand: Hand, caplog: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hand.write("policies: [")
+        hand.look()
+        hand.look()
+        monkeypatch.setattr(reload, "parse", None)
+        hand.look()
+        assert len(said(caplog, logging.ERROR)) == 1
+
+    @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+    def test_no_error_of_ours_ends_them(
+        self, hand: Hand, caplog: Any, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+    ) -> None:
         def fails(*_: object) -> Any:
-            raise RuntimeError("of ours")
+            raise kind("of ours")
 
         with monkeypatch.context() as patch:
             patch.setattr(reload, "parse", fails)
@@ -302,7 +366,7 @@ class TestOneLook:
         with monkeypatch.context() as patch:
             patch.setattr(hand.owner, "switch", fails)
             hand.write(text(3))
-            with pytest.raises(RuntimeError):
+            with pytest.raises(kind):
                 hand.watch.look()
         assert hand.waits == [reload.AGAIN, INTERVAL, INTERVAL, INTERVAL]
 
@@ -419,6 +483,14 @@ class TestTheSetting:
 class TestWhoUsesAPolicy:
     """A reload that code cannot live with is refused."""
 
+    @pytest.fixture
+    def modules(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder of modules that are forgotten after the test."""
+        folder = tmp_path / "modules"
+        folder.mkdir()
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
     def refused(self, file: Path, content: str, caplog: pytest.LogCaptureFixture) -> str:
         table = conf.current().table
         moved(file, content)
@@ -473,16 +545,41 @@ class TestWhoUsesAPolicy:
         ("fields", "message"),
         [
             ({"backend": "elsewhere"}, "unknown backend 'elsewhere'"),
-            ({"response_callback": "no_such.module"}, "no_such"),
+            ({"response_callback": "no_such.module"}, "response_callback: 'no_such.module' cannot be imported: "),
+            ({"when": "no_such.module"}, "when: 'no_such.module' cannot be imported: "),
+            ({"cost": "no_such.module"}, "cost: 'no_such.module' cannot be imported: "),
+            ({"limit": "no_such.module"}, "max_concurrent: 'no_such.module' cannot be imported: "),
+            ({"response_callback": "ends.now"}, "response_callback: SystemExit: at import"),
         ],
     )
     def test_what_requests_would_trip_over_is_found_before(
-        self, file: Path, limits: Limits, caplog: Any, fields: dict[str, object], message: str
+        self, file: Path, limits: Limits, caplog: Any, modules: Path, fields: dict[str, Any], message: str
     ) -> None:
+        (modules / "ends.py").write_text("raise SystemExit('at import')")
         limits(file, RELOAD_INTERVAL=0.05)
         line = self.refused(file, text(**fields), caplog)
-        assert line.startswith(f"{file}:2:3: policy all: ")
-        assert message in line
+        assert line.startswith(f"{file}:2:3: policy all: {message}")
+
+    def test_a_module_that_arrives_later_is_found(self, file: Path, limits: Limits, caplog: Any, modules: Path) -> None:
+        limits(file, RELOAD_INTERVAL=0.05)
+        self.refused(file, text(2, response_callback="arrives.answer"), caplog)
+        moved(modules / "arrives.py", "def answer(request, rejection): ...")
+        assert wait_until(lambda: limit() == 2)
+        assert len(said(caplog, logging.ERROR)) == 1
+
+    def test_a_module_that_ends_the_process_does_not_end_the_first_request(
+        self, file: Path, limits: Limits, caplog: Any, modules: Path
+    ) -> None:
+        (modules / "ends.py").write_text("raise SystemExit('at import')")
+        limits(file, RELOAD_INTERVAL=0.05)
+        ConcurrencyLimitMiddleware(lambda request: HttpResponse())
+        moved(file, text(2, response_callback="ends.now"), long_ago=True)
+        assert Client().get("/plain/").status_code == 200
+        assert wait_until(lambda: bool(said(caplog, logging.ERROR)))
+        sleep(0.2)
+        (line,) = said(caplog, logging.ERROR)
+        assert line.endswith("policy all: response_callback: SystemExit: at import")
+        assert limit() == 5
 
 
 class TestOverrideSettings:
