@@ -52,7 +52,7 @@ SAYS = {
     "host": "one count for all processes of this machine and nothing to install; ",
     "memory": "one count per process; ",
 }
-HOLD = 0.5  # seconds that a view takes
+HOLD = float(os.environ.get("EXAMPLE_HOLD", "0.5"))  # seconds that a view takes
 START_WITHIN = 20.0
 LET_GO_WITHIN = 2.0
 CLIENT_TIMEOUT = 20.0

@@ -115,7 +115,7 @@ def _evalshas(client: Any) -> int:
 
 def test_the_demo_fails_when_nothing_is_limited(run_python: Run) -> None:
     """It believes the views, so with the limits off it says which caps were broken."""
-    done = run_python("example_project/demo.py", env={"EXAMPLE_LIMITS_OFF": "1"})
+    done = run_python("example_project/demo.py", env={"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"})
     assert done.returncode == 1, done.stdout + done.stderr
     assert "of user-reports was broken" in done.stdout
     assert "Every cap held" not in done.stdout

@@ -174,8 +174,8 @@ class TestABlock:
             assert concurrency.policies[0].state == "over"
             assert len(held()) == 1
 
-    def test_its_lease_is_renewed(self, held: Held, block: Block) -> None:
-        with block("short", key="user:1"):
+    def test_its_lease_is_renewed(self, held: Held) -> None:
+        with hold("short", key="user:1"):
             began = monotonic()
             assert wait_until(lambda: monotonic() > began + 0.7)
             assert held() == [("short", "user:1")]
@@ -379,25 +379,25 @@ class TestHandOver:
         with pytest.raises(SlotLost), block(token):
             pass
 
-    def test_claimed_it_is_renewed(self, held: Held, block: Block) -> None:
-        with block(handed_over("short")):
+    def test_claimed_it_is_renewed(self, held: Held) -> None:
+        with hold(handed_over("short")):
             began = monotonic()
             assert wait_until(lambda: monotonic() > began + 0.7)
             assert held() == [("short", "user:42")]
 
     @pytest.mark.parametrize(("policy", "ends"), [("fixed", 0.6), ("aged", 1.2)])
-    def test_its_time_goes_on_from_the_request(self, held: Held, block: Block, policy: str, ends: float) -> None:
+    def test_its_time_goes_on_from_the_request(self, held: Held, policy: str, ends: float) -> None:
         """`renew: false` ends at its ttl as it stands, any other at its max_age: however often it changes hands."""
         began = monotonic()
         token = handed_over(policy)
         assert wait_until(lambda: monotonic() > began + ends - 0.2)
-        with block(token) as concurrency, block(concurrency.hand_over()):
+        with hold(token) as concurrency, hold(concurrency.hand_over()):
             assert held() == [(policy, "user:42")]
             lasts = [one.last for lease in keeper.live() if isinstance(lease, Lease) for one in lease.holdings()]
             assert lasts == [pytest.approx(began + ends, abs=0.1)]
             assert wait_until(lambda: held() == [], 3)
             assert ends - 0.05 < monotonic() - began < ends + 0.3
-        with pytest.raises(SlotLost), block(token):
+        with pytest.raises(SlotLost), hold(token):
             pass
 
     @pytest.mark.parametrize("block", [in_a_thread, on_a_loop], ids=["threads", "loop"])

@@ -15,7 +15,7 @@ from .servers import crowd, free_port, gunicorn, held, running, uvicorn
 from .support import wait_until
 
 CLIENTS = 64
-SECONDS = 3.0 if LONG else 1.0
+SECONDS = 3.0 if LONG else 0.7
 CAP = 5
 AT_LEAST = 50 if LONG else 20
 #: How often the crowd comes at most, until enough of it was admitted: a busy machine admits as exactly, but fewer.
