@@ -367,7 +367,7 @@ def _about(policy: Policy, config: conf.Config) -> Iterator[CheckMessage]:
 def _tried(use: Callable[[], Any], policy: Policy, number: str, name: str = "") -> Iterator[CheckMessage]:
     try:
         use()
-    except Exception as error:  # a store of the project's may fail in any way when it is made
+    except (Exception, SystemExit) as error:  # a store or a module of the project's may fail in any way
         yield Error(
             f"{policy.place}: {conf.failure(policy, name, error)}",
             hint="A view that this policy limits answers with this error until it is mended.",

@@ -52,7 +52,7 @@ def test_the_demo_shows_every_cap_hold(run_python: Run, tmp_path: Path) -> None:
 
 def test_the_demo_shows_one_cap_hold_over_two_servers(run_python: Run, tmp_path: Path) -> None:
     """Two worker processes of each, one Redis of the demo's own; it leaves nothing behind."""
-    env = {"TMPDIR": str(tmp_path), "CONCURRENCY_TEST_REDIS_SERVER": redis_program()}
+    env = {"TMPDIR": str(tmp_path), "CONCURRENCY_TEST_REDIS_SERVER": redis_program(), "EXAMPLE_HOLD": "0.35"}
     done = run_python("example_project/demo.py", "--redis", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     for word in (
