@@ -277,7 +277,7 @@ class TestThreads:
         line.used -= 100
         store._lines.tend()
         assert len(store._lines) == 0
-        assert wait_until(lambda: redis_server.sockets() == before - 1)
+        assert wait_until(lambda: redis_server.sockets() <= before - 1)
 
     def test_a_release_without_a_line_at_hand_is_left_to_the_keeper(
         self, store: RedisBackend, redis_server: RedisServer, prefix: str

@@ -26,12 +26,14 @@ CAP = 5
 #: How often a crowd comes at most, until enough of it was admitted: a busy machine admits as exactly, but fewer.
 ROUNDS = 4
 PREFIX = "servers"
-#: Who is asked -> seconds, and how many have to be admitted at least (250 a second are possible).
+#: Who is asked -> seconds, and how many have to be admitted at least (250 a second are possible). The short run asks both.
 CROWDS = {
     "gunicorn gthread 2x32 and uvicorn x2": (("gunicorn", "uvicorn"), 3.0 if LONG else 1.0, 50 if LONG else 15),
-    "gunicorn gthread 2x32": (("gunicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
-    "uvicorn x2": (("uvicorn",), 1.0 if LONG else 0.5, 15 if LONG else 8),
+    "gunicorn gthread 2x32": (("gunicorn",), 1.0, 15),
+    "uvicorn x2": (("uvicorn",), 1.0, 15),
 }
+if not LONG:
+    CROWDS = dict(list(CROWDS.items())[:1])
 
 
 @dataclass

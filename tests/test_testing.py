@@ -164,13 +164,13 @@ def test_the_settings_are_those_at_entry(site: None, prefix: str) -> None:
 
 
 def test_they_are_held_for_longer_than_a_lease(limits: Limits, store: Store) -> None:
-    brief = {"key": "global", "max_concurrent": 1, "ttl": 1}
+    brief = {"key": "global", "max_concurrent": 1, "ttl": 0.5}
     limits(
-        table(renewed=brief, unrenewed={**brief, "renew": False}, aged={**brief, "max_age": 1}),
+        table(renewed=brief, unrenewed={**brief, "renew": False}, aged={**brief, "max_age": 0.5}),
         BACKENDS={"default": store},
     )
     with hold_slots("renewed"), hold_slots("unrenewed"), hold_slots("aged"):
-        sleep(1.8)
+        sleep(0.9)
         assert sorted(policy for policy, _ in counts()) == ["aged", "renewed", "unrenewed"]
     assert counts() == {}
 
@@ -410,7 +410,7 @@ def test_it_waits_for_what_is_just_given_back(site: None) -> None:
 
 def test_it_waits_so_long_and_no_longer(site: None) -> None:
     with hold_slots("whole"):
-        for given, least, most in (({}, 1.0, 2.0), ({"timeout": 0.2}, 0.2, 0.9)):
+        for given, least, most in (({"timeout": 0.5}, 0.5, 2.0), ({"timeout": 0.1}, 0.1, 0.45)):
             began = monotonic()
             with pytest.raises(AssertionError):
                 assert_no_slots_held(**given)

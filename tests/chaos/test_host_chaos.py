@@ -33,10 +33,10 @@ from ..support import wait_until
 from . import LONG
 
 #: Points at which a process is killed, of each call.
-POINTS = 10**9 if LONG else 50
+POINTS = 10**9 if LONG else 40
 INTERRUPTIONS = 40_000 if LONG else 1_500
 #: Seconds of killing.
-KILLING = 120.0 if LONG else 3.0
+KILLING = 120.0 if LONG else 2.0
 PACKAGE = os.path.join("backends", "host", "")
 
 

@@ -33,10 +33,10 @@ SERVERS: dict[str, tuple[Callable[[int], list[str]], str]] = {
 }
 #: What happens -> seconds that it lasts, in the short run and in the long one.
 OUTAGES = {
-    "killed": (1.0, 3.0),
-    "refused": (1.0, 3.0),
-    "2 s of latency": (1.5, 6.0),
-    "black hole": (1.5, 10.0),
+    "killed": (0.7, 3.0),
+    "refused": (0.7, 3.0),
+    "2 s of latency": (1.2, 6.0),
+    "black hole": (1.2, 10.0),
 }
 
 

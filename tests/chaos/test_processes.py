@@ -17,7 +17,7 @@ from . import LONG
 from .sites import chaos_site
 
 #: Seconds of the lease that a killed process leaves behind.
-TTL = 10 if LONG else 2
+TTL = 10 if LONG else 1.5
 FOREVER = 60_000
 
 SERVERS = {
