@@ -16,9 +16,9 @@ from .exceptions import ConcurrencyLimitExceeded, SlotLost
 from .handover import HandedOver
 from .lease import Lease
 from .limiter import store_of
-from .outcomes import UNLIMITED, Concurrency, PolicyResult, Rejection, Slot, State, StoreFailed
+from .outcomes import Concurrency, PolicyResult, Rejection, Slot, State, StoreFailed
 from .policies import Policy
-from .steps import RETRY_AFTER, Claim, Steps, lease_seconds
+from .steps import RETRY_AFTER, Claim, Steps, failed, lease_seconds
 from .tokens import new_token
 
 
@@ -65,9 +65,7 @@ def _claim_there(
     if isinstance(reply, StoreFailed):
         if reply.sent:
             health.failed(store, reply.error, began)
-            lease.doubt(new)
-        else:
-            lease.confirm(new, ())
+        failed(lease, new, reply)
         denied = [one for one in policies if one.block and (one.on_backend_error or config.on_backend_error) == "deny"]
         if denied:
             raise ConcurrencyLimitExceeded(_unavailable(group, denied))
@@ -81,7 +79,7 @@ def _claim_there(
             names = ", ".join(policy.name for policy in policies)
             raise SlotLost(f"policy {names}: the lease has ended, or somebody else has claimed it")
     state: State = "unprotected" if isinstance(reply, StoreFailed) else "held" if reply else "over"
-    return [PolicyResult(policy.name, slot.key.text, state, None, _limit(slot)) for policy, slot, _ in group]
+    return [PolicyResult(policy.name, slot.key.text, state, None, slot.told_limit) for policy, slot, _ in group]
 
 
 def _unavailable(group: Sequence[tuple[Policy, Slot, Slot]], denied: Sequence[Policy]) -> Rejection:
@@ -90,13 +88,9 @@ def _unavailable(group: Sequence[tuple[Policy, Slot, Slot]], denied: Sequence[Po
         policy=first.name,
         key=slot.key.text,
         reason="backend_unavailable",
-        limit=_limit(slot),
+        limit=slot.told_limit,
         in_flight=None,
         retry_after=random.randint(*RETRY_AFTER),
         status=503,
         violated=tuple(policy.name for policy in denied),
     )
-
-
-def _limit(slot: Slot) -> int | None:
-    return None if slot.limit == UNLIMITED else slot.limit

@@ -24,7 +24,7 @@ from django.http.response import HttpResponseBase
 from . import conf, reload
 from .drivers import arun, run
 from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
-from .fields import override
+from .fields import UNSET, override
 from .keeper import keeper
 from .keyspec import parse_key
 from .lease import Lease
@@ -43,16 +43,6 @@ _NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 
 #: Every call of `concurrency_limit` that is alive, for the system checks.
 limits: weakref.WeakSet[Limit] = weakref.WeakSet()
-
-
-class _Unset:
-    """The default of keywords that were not given: those leave alone what `policy=` names."""
-
-    def __repr__(self) -> str:
-        return "<not given>"
-
-
-UNSET: Any = _Unset()
 
 
 def concurrency_limit(

@@ -35,6 +35,16 @@ _METHOD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _WHEN = ("anonymous", "authenticated", "staff", "superuser")
 
 
+class _Unset:
+    """The default of keywords that were not given: those leave alone what `policy=` names."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+UNSET: Any = _Unset()
+
+
 class FieldError(Exception):
     """What is wrong with a value: `found` is one (path inside the value, message) for each thing."""
 

@@ -62,9 +62,8 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "max_age": policy.max_age,
         "on_error": policy.on_backend_error,
         "block": policy.block,
-        "status": policy.status,
         "key": [slot.key.text, slot.key.digest.hex()],
-        "limit": None if slot.limit == UNLIMITED else slot.limit,
+        "limit": slot.told_limit,
         "cost": slot.cost,
         "lease": slot.ttl,
         "token": slot.token,
@@ -83,7 +82,6 @@ def _from_data(data: dict[str, Any]) -> tuple[Policy, Slot]:
         max_age=data["max_age"],
         on_backend_error=data["on_error"],
         block=data["block"],
-        status=data["status"],
         backend=data["backend"],
     )
     text, digest = data["key"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -11,7 +10,7 @@ from . import conf, reload
 from .blocks import Block
 from .claiming import claim
 from .exceptions import ConcurrencyLimitExceeded, did_you_mean, shown
-from .fields import FieldError, check_cost, check_limit
+from .fields import UNSET, FieldError, check_cost, check_limit
 from .handover import HandedOver, unpack
 from .keys import limits_of, written
 from .lease import Lease
@@ -21,17 +20,7 @@ from .policies import Policy
 from .steps import Steps
 
 
-class _NotGiven:
-    def __repr__(self) -> str:
-        return "<not given>"
-
-
-_NOT_GIVEN: Any = _NotGiven()
-
-
-def hold(
-    policy: str, *, key: str | None = None, max_concurrent: int | None = _NOT_GIVEN, cost: int = _NOT_GIVEN
-) -> Hold:
+def hold(policy: str, *, key: str | None = None, max_concurrent: int | None = UNSET, cost: int = UNSET) -> Hold:
     """Hold a slot of a table's policy for the length of a `with` or `async with` block, outside a request.
 
     `policy` is its name; `key` the resolved text, as `per_key` and the commands show it (`"user:42"`), which only
@@ -60,7 +49,7 @@ class Hold(Block[Concurrency]):
             raise TypeError(f"hold: expected the name of a policy, or the text of hand_over(), got {shown(policy)}")
         self._handed: HandedOver | None = None
         if policy.startswith(HANDED_OVER):
-            if key is not None or max_concurrent is not _NOT_GIVEN or cost is not _NOT_GIVEN:
+            if key is not None or max_concurrent is not UNSET or cost is not UNSET:
                 raise TypeError("hold: what was handed over brings its key, limit and cost along; give nothing else")
             self._handed = unpack(policy)
         if key is not None and (not isinstance(key, str) or not key):
@@ -68,7 +57,7 @@ class Hold(Block[Concurrency]):
         self._name, self._key, self._limit, self._cost, self._place = policy, key, max_concurrent, cost, place
         for name, value, check in (("max_concurrent", max_concurrent, check_limit), ("cost", cost, check_cost)):
             try:
-                value is _NOT_GIVEN or check(value)
+                value is UNSET or check(value)
             except FieldError as error:
                 raise TypeError(f"hold: {name}: {error}") from error
 
@@ -105,7 +94,7 @@ class Hold(Block[Concurrency]):
         return Asked(policy, key, self._limit_of(policy, key.digest), self._cost_of(policy))
 
     def _limit_of(self, policy: Policy, digest: bytes) -> int | None:
-        if self._limit is not _NOT_GIVEN:
+        if self._limit is not UNSET:
             return self._limit
         own = limits_of(policy)
         if digest in own:
@@ -116,7 +105,7 @@ class Hold(Block[Concurrency]):
         return limit
 
     def _cost_of(self, policy: Policy) -> int:
-        if self._cost is not _NOT_GIVEN:
+        if self._cost is not UNSET:
             return self._cost
         if not isinstance(policy.cost, int):
             raise TypeError(f"hold: the cost of policy {policy.name} is a callable of a request; give cost=")

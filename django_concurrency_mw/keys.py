@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,7 @@ TEXT_LIMIT = 512
 UNIT_SEPARATOR = "\x1f"
 
 Asking = list[Asked | KeyMissing]
+N = TypeVar("N")
 
 
 class _Missing(Exception):
@@ -88,10 +89,12 @@ class Resolver:
                 continue
             if isinstance(key, Key):
                 limit, cost = policy.max_concurrent, policy.cost
-                if policy.per_key or not (limit is None or isinstance(limit, int)):
-                    limit = yield from self._limit(policy, key)
+                if policy.per_key and key.digest in limits_of(policy):
+                    limit = limits_of(policy)[key.digest]
+                elif not (limit is None or isinstance(limit, int)):
+                    limit = yield from self._number(policy, "max_concurrent", limit, check_limit)
                 if not isinstance(cost, int):
-                    cost = yield from self._cost(policy)
+                    cost = yield from self._number(policy, "cost", cost, check_cost)
                 asking.append(Asked(policy, key, limit, cost))
             else:
                 asking.append(key)
@@ -102,33 +105,24 @@ class Resolver:
         return address is not None and any(address in network for network in networks)
 
     def _is_one_of(self, users: Sequence[int | str]) -> Generator[Effect[Any], Any, bool]:
-        yield from self._load_user()
-        user = self._user()
-        pk = getattr(user, "pk", None) if user is not None and user.is_authenticated else None
+        pk = yield from self._pk()
         return pk is not None and str(pk) in map(str, users)
 
-    def _limit(self, policy: Policy, key: Key) -> Generator[Effect[Any], Any, int | None]:
-        if policy.per_key:
-            own = limits_of(policy)
-            if key.digest in own:
-                return own[key.digest]
-        limit = policy.max_concurrent
-        if limit is None or isinstance(limit, int):
-            return limit
-        answer = yield from Ask[Any](callable_of(limit), (self._request,))
-        try:
-            return check_limit(answer)
-        except FieldError as error:
-            raise TypeError(f"policy {policy.name}: the max_concurrent callable {limit!r}: {error}") from error
+    def _pk(self) -> Generator[Effect[Any], Any, Any]:
+        """Of who is logged in; None for anybody else."""
+        yield from self._load_user()
+        user = self._user()
+        return getattr(user, "pk", None) if user is not None and user.is_authenticated else None
 
-    def _cost(self, policy: Policy) -> Generator[Effect[Any], Any, int]:
-        cost = policy.cost
-        assert not isinstance(cost, int)
-        answer = yield from Ask[Any](callable_of(cost), (self._request,))
+    def _number(
+        self, policy: Policy, field: str, function: str | Callable[..., Any], check: Callable[[object], N]
+    ) -> Generator[Effect[Any], Any, N]:
+        """What a callable says of this request's limit or cost. Raises: TypeError where that cannot be one."""
+        answer = yield from Ask[Any](callable_of(function), (self._request,))
         try:
-            return check_cost(answer)
+            return check(answer)
         except FieldError as error:
-            raise TypeError(f"policy {policy.name}: the cost callable {cost!r}: {error}") from error
+            raise TypeError(f"policy {policy.name}: the {field} callable {function!r}: {error}") from error
 
     def _applies(self, when: str | Callable[..., Any]) -> Generator[Effect[Any], Any, bool]:
         test = _WHEN.get(when) if isinstance(when, str) else None
@@ -142,9 +136,7 @@ class Resolver:
         if spec.kind == "ip":
             return self._by_address(policy, "ip:", "ip")
         if spec.kind == "user":
-            yield from self._load_user()
-            user = self._user()
-            pk = getattr(user, "pk", None) if user is not None and user.is_authenticated else None
+            pk = yield from self._pk()
             return self._by_address(policy, "ip:", "user") if pk is None else make_key(f"user:{pk}")
         try:
             if spec.kind == "global":

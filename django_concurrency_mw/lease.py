@@ -24,7 +24,7 @@ from .drivers import arun, run
 from .handover import pack
 from .held import RENEW_AFTER, Held, by_store
 from .keeper import keeper
-from .outcomes import UNLIMITED, LimitField, PolicyResult, Slot, StoreFailed
+from .outcomes import LimitField, PolicyResult, Slot, StoreFailed
 from .policies import Policy
 from .steps import Give, Notify, Steps
 from .tokens import new_token
@@ -270,7 +270,7 @@ class Lease:
                         "request": self._request(),
                         "policy": held.policy,
                         "key": held.slot.key.text,
-                        "limit": None if held.slot.limit == UNLIMITED else held.slot.limit,
+                        "limit": held.slot.told_limit,
                         "held": was_held,
                     },
                 )

@@ -61,6 +61,11 @@ class Slot:
         """What is counted: the policy's name and the key's digest."""
         return (self.policy, self.key.digest)
 
+    @property
+    def told_limit(self) -> int | None:
+        """The limit as people are told of it: None where it is never full."""
+        return None if self.limit == UNLIMITED else self.limit
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:

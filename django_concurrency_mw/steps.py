@@ -194,10 +194,7 @@ def acquire(
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
         if isinstance(reply, StoreFailed):
-            if reply.sent:
-                lease.doubt(slots)
-            else:
-                lease.confirm(slots, ())
+            failed(lease, slots, reply)
             reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
             reason = _settle(store, reply, group, slots, lease, account)
@@ -213,6 +210,14 @@ def acquire(
         Concurrency(any(result.state != "skipped" for result in results), results, _lease=lease),
         fields=tuple(fields),
     )
+
+
+def failed(lease: Ledger, slots: Sequence[Slot], reply: StoreFailed) -> None:
+    """What was asked for may be held, unless nothing was asked at all."""
+    if reply.sent:
+        lease.doubt(slots)
+    else:
+        lease.confirm(slots, ())
 
 
 def above_limit(entry: Asked) -> bool:

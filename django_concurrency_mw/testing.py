@@ -24,7 +24,7 @@ from .lease import Lease
 from .limiter import store_of
 from .outcomes import UNLIMITED, Key, Slot, StoreFailed, Taken
 from .policies import Policy
-from .steps import Steps, Take
+from .steps import Steps, Take, failed
 from .tokens import new_token
 
 __all__ = ["aassert_no_slots_held", "assert_no_slots_held", "hold_slots"]
@@ -119,10 +119,7 @@ class HeldSlots(Block[None]):
         lease.expect(store, [policy] * number, slots)
         reply = yield from Take(store, slots)
         if isinstance(reply, StoreFailed):
-            if reply.sent:
-                lease.doubt(slots)
-            else:
-                lease.confirm(slots, ())
+            failed(lease, slots, reply)
             raise BackendError(f"hold_slots: backend {store.config.alias} fails: {reply.error}") from reply.error
         lease.confirm(slots, slots if isinstance(reply, Taken) else ())
         if not isinstance(reply, Taken):
