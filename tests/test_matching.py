@@ -309,7 +309,7 @@ class TestUnlimited:
 
 
 class Switchable(BaseBackend):
-    """A store with a switch: `down` before it has done what it was asked, or after it (`lost`: the reply does not come)."""
+    """A store with a switch: `down` does nothing, `lost` still takes and does not say so."""
 
     supports_semaphores: ClassVar[bool] = True
     is_local: ClassVar[bool] = False
@@ -324,6 +324,9 @@ class Switchable(BaseBackend):
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         if slots[0].policy != PROBE:
             self.asked.append(f"remote: {' '.join(slot.policy for slot in slots)}")
+        if self.down == "lost":
+            self._inner.take(slots)
+            raise BackendError("no reply")
         return self._do(self._inner.take, slots)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
@@ -341,12 +344,9 @@ class Switchable(BaseBackend):
         return self.inner
 
     def _do(self, call: Callable[[A], R], slots: A) -> R:
-        if self.down == "down":
+        if self.down is not None:
             raise BackendError("connection refused")
-        reply = call(slots)
-        if self.down == "lost":
-            raise BackendError("no reply")
-        return reply
+        return call(slots)
 
 
 class Local(MemoryBackend):
