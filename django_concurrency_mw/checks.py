@@ -12,25 +12,25 @@ site may have.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
-from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from . import backends, conf
 from .backends import DEFAULT_PREFIX, BaseBackend, worker_suffix
 from .backends.base import settings_module
-from .decorators import limits
+from .decorated import all_decorators, stores_in_use
 from .exceptions import ConfigurationError
 from .keys import callable_of
 from .keyspec import is_dotted_path
 from .limiter import MARK, store_of
 from .middleware import ConcurrencyLimitMiddleware, throttles_itself
 from .policies import Policy
+from .routes import innermost, routes
 
 TAG = "concurrency"
 MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
@@ -84,7 +84,7 @@ def check_decorators(app_configs: Any = None, **kwargs: Any) -> list[CheckMessag
     if config is None:
         return []
     messages: list[CheckMessage] = []
-    for made in _decorators(config):
+    for made in all_decorators(config):
         if isinstance(made, Policy):
             messages += _about(made, config)
         else:
@@ -179,7 +179,7 @@ def check_addresses(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage
     if config is None or config.trusted.networks or config.trusted.unix:
         return []
     names = [policy.name for policy in config.table if _may_count_by_address(policy)]
-    names += [made.place for made in _decorators(config) if isinstance(made, Policy) and _may_count_by_address(made)]
+    names += [made.place for made in all_decorators(config) if isinstance(made, Policy) and _may_count_by_address(made)]
     if not names:
         return []
     return [
@@ -246,7 +246,7 @@ def _meets(view: _ApiView, policy: Policy, config: conf.Config) -> bool:
     """Does the table give the policy to a method of this view?"""
     if policy.overridable and getattr(view.function, MARK, False):
         return False
-    function = _undone(view.function)
+    function = innermost(view.function)
     # A ViewSet's methods are made of its actions, for each request.
     handled = getattr(function, "actions", None) or [
         name for name in function.cls.http_method_names if hasattr(function.cls, name)
@@ -268,47 +268,28 @@ def _by_token(view: _ApiView) -> bool:
     """Does it know users whom Django's own session does not?"""
     from rest_framework.authentication import SessionAuthentication
 
-    function = _undone(view.function)
+    function = innermost(view.function)
     given = getattr(function, "initkwargs", None) or {}
     classes = given.get("authentication_classes", function.cls.authentication_classes)
     return not all(isinstance(found, type) and issubclass(found, SessionAuthentication) for found in classes)
 
 
-def _undone(function: Any) -> Any:
-    while isinstance(function, partial):
-        function = function.func
-    return function
-
-
 def _class_of(function: Any) -> Any:
-    return getattr(_undone(function), "cls", None)
+    return getattr(innermost(function), "cls", None)
 
 
 def _api_views() -> list[_ApiView]:
     """The views of Django REST framework, once for each name; none where nothing has imported it."""
-    from django.urls import get_resolver
-
-    if not getattr(settings, "ROOT_URLCONF", None):
-        return []
-    try:
-        entries = get_resolver().url_patterns
-    except ConfigurationError:  # of a decorator: E004 has the word
-        return []
     framework = sys.modules.get("rest_framework.views")
-    return [] if framework is None else list(dict.fromkeys(_walk(entries, [], framework.APIView)))
-
-
-def _walk(entries: Iterable[Any], namespaces: list[str | None], kind: type) -> Iterator[_ApiView]:
-    from django.urls import ResolverMatch, URLPattern, URLResolver
-
-    for entry in entries:
-        if isinstance(entry, URLResolver):
-            yield from _walk(entry.url_patterns, [*namespaces, entry.namespace], kind)
-        elif isinstance(entry, URLPattern):
-            cls = _class_of(entry.callback)
-            if isinstance(cls, type) and issubclass(cls, kind):
-                match = ResolverMatch(entry.callback, (), {}, entry.name, namespaces=namespaces)
-                yield _ApiView(match.view_name, entry.callback)
+    if framework is None:
+        return []
+    return list(
+        dict.fromkeys(
+            _ApiView(route.name, route.view)
+            for route in routes()
+            if isinstance(cls := _class_of(route.view), type) and issubclass(cls, framework.APIView)
+        )
+    )
 
 
 def _listed(views: Sequence[_ApiView]) -> str:
@@ -318,15 +299,8 @@ def _listed(views: Sequence[_ApiView]) -> str:
 
 
 def _stores(config: conf.Config) -> list[BaseBackend]:
-    """Those that policies and decorators use."""
-    stores: dict[int, BaseBackend] = {}
-    for policy in (*config.table, *(made for made in _decorators(config) if isinstance(made, Policy))):
-        try:
-            store = store_of(policy, config)
-        except Exception:  # E002 has the word
-            continue
-        stores[id(store)] = store
-    return list(stores.values())
+    """Those that policies and decorators use; about others E002 has the word."""
+    return [store for store in stores_in_use(config) if isinstance(store, BaseBackend)]
 
 
 def _backends_are_set() -> bool:
@@ -339,23 +313,6 @@ def _config() -> conf.Config | None:
         return conf.current()
     except ConfigurationError:
         return None
-
-
-def _decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:
-    """The policy of each `concurrency_limit` that has been imported and is alive, or what is wrong with it."""
-    try:
-        _import_urls()
-    except ConfigurationError as error:
-        yield error
-    # The real name is known only with the view; this one stands for it, and must not be a policy's of the table.
-    name = "view"
-    while config.table.get(name) is not None:
-        name += "_"
-    for limit in sorted(limits, key=lambda limit: limit.place):
-        try:
-            yield limit.policy(name, config)
-        except ImproperlyConfigured as error:
-            yield error
 
 
 def _about(policy: Policy, config: conf.Config) -> Iterator[CheckMessage]:
@@ -389,11 +346,3 @@ def _is_ours(path: str) -> bool:
     except Exception:  # Django says so when it builds the chain
         return False
     return isinstance(found, type) and issubclass(found, ConcurrencyLimitMiddleware)
-
-
-def _import_urls() -> None:
-    """Decorators are known once their module is imported."""
-    from django.urls import get_resolver
-
-    if getattr(settings, "ROOT_URLCONF", None):
-        _ = get_resolver().url_patterns

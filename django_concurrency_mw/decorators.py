@@ -116,7 +116,7 @@ class Limit:
         _refuse_no_view("concurrency_limit(...)", view, self.place)
         guard = _Guard(self, view, 1 + len(_marks(view)))
         wrapper = _wrapped(view, guard.call, guard.acall)
-        setattr(wrapper, self._mark, True)
+        setattr(wrapper, self._mark, guard)
         return cast("V", wrapper)
 
     def policy(self, default_name: str, config: conf.Config) -> Policy:
@@ -144,14 +144,14 @@ class Limit:
         names = [self.name] if self.name is not None else [name for name in list(self._by_name) if "." in name]
         yield from (Problem(self.place, _taken(name)) for name in names if table.get(name) is not None)
 
-    def name_on(self, instance: object, method: str, number: int) -> str:
-        """The default name on a method of this instance's class; remembered, as the view is made anew on every request."""
-        known = (type(instance), method, number)
+    def name_on(self, cls: type, method: str, number: int) -> str:
+        """The default name on a method of this class; remembered, as the view is made anew on every request."""
+        known = (cls, method, number)
         name = self._names.get(known)
         if name is None:
             own = "" if method == "dispatch" else f".{method}"
-            number += _further_in(type(instance), method, self._mark)
-            name = self._names[known] = _numbered(_path_of(type(instance)) + own, number)
+            number += _further_in(cls, method, self._mark)
+            name = self._names[known] = _numbered(_path_of(cls) + own, number)
         return name
 
     def _table_policy(self, config: conf.Config) -> Policy:
@@ -272,10 +272,20 @@ class _Guard:
     def _default_name(self, instance: object | None) -> str:
         instance = self._instance if instance is None else instance
         if instance is not None:
-            return self._limit.name_on(instance, getattr(self._view, "__name__", "dispatch"), self._number)
+            return self._limit.name_on(type(instance), getattr(self._view, "__name__", "dispatch"), self._number)
         if self._name is None:
             self._name = _numbered(_path_of(self._view), self._number)
         return self._name
+
+    def policy_on(self, cls: type | None, method: str, config: conf.Config) -> Policy:
+        """The policy of a request here, on this method of a class or on a function. Raises: ImproperlyConfigured."""
+        own = None if cls is None else self._limit.name_on(cls, method, self._number)
+        return self._limit.policy(own or self._default_name(None), config)
+
+    @property
+    def number(self) -> int:
+        """Which decorator of its view it is, counted outwards from 1."""
+        return self._number
 
 
 async def _to_its_end(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Any:
@@ -371,11 +381,18 @@ def _place() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def _marks(view: Any) -> set[str]:
+def guards(view: Any) -> list[_Guard]:
+    """The calls of `concurrency_limit` on this view, outermost first, as far as one can see."""
+    return sorted(_marks(view).values(), key=lambda guard: -guard.number)
+
+
+def _marks(view: Any) -> dict[str, _Guard]:
     """The marks of the calls of `concurrency_limit` on this view, and on what it wraps as far as one can see."""
-    found: set[str] = set()
+    found: dict[str, _Guard] = {}
     while view is not None:
-        found.update(name for name in getattr(view, "__dict__", ()) if name.startswith(_MARK_EACH))
+        found = {
+            name: value for name, value in getattr(view, "__dict__", {}).items() if name.startswith(_MARK_EACH)
+        } | found
         view = view.func if isinstance(view, partial) else getattr(view, "__wrapped__", None)
     return found
 
@@ -383,8 +400,8 @@ def _marks(view: Any) -> set[str]:
 def _further_in(cls: type, method: str, mark: str) -> int:
     """How many other decorators stand on the same method of base classes, where `super()` gets to after this one."""
     bases = iter(cls.__mro__)
-    own = next((marks for base in bases if mark in (marks := _marks(vars(base).get(method)))), set())
-    return len(set().union(*(_marks(vars(base).get(method)) for base in bases)) - own)
+    own = next((marks for base in bases if mark in (marks := _marks(vars(base).get(method)))), {})
+    return len(set().union(*(_marks(vars(base).get(method)) for base in bases)) - own.keys())
 
 
 def _instance_of(view: Any) -> object | None:

@@ -17,6 +17,16 @@ def new_token() -> str:
     return f"{_prefix}-{next(_numbers):x}"
 
 
+def process_id() -> str:
+    """What every token of this process begins with."""
+    return _prefix
+
+
+def process_of(token: str) -> str:
+    """The `process_id` of the process that made this token."""
+    return token.partition("-")[0]
+
+
 def _forked() -> None:
     global _prefix
     _prefix = os.urandom(8).hex()

@@ -17,7 +17,7 @@ from django.core.management.base import SystemCheckError
 from django.http import HttpRequest, HttpResponse
 
 import django_concurrency_mw
-from django_concurrency_mw import backends, checks, concurrency_limit, conf
+from django_concurrency_mw import backends, checks, concurrency_limit, conf, decorated
 from django_concurrency_mw.backends import BaseBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.decorators import limits as all_limits
@@ -36,8 +36,8 @@ def view(request: HttpRequest) -> HttpResponse:
 def decorate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Decorate a view; the checks see the decorators of this test only."""
     mine: weakref.WeakSet[Any] = weakref.WeakSet()
-    monkeypatch.setattr(checks, "limits", mine)
-    monkeypatch.setattr(checks, "_import_urls", lambda: None)
+    monkeypatch.setattr(decorated, "limits", mine)
+    monkeypatch.setattr(decorated, "_import_urls", lambda: None)
 
     def apply(**fields: Any) -> Any:
         before = set(all_limits)

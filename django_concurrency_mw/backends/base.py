@@ -65,8 +65,10 @@ def age_of(slot: Slot) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound; `pid` is
-    that of its process where the store knows it."""
+    """One holder, as people see it. `age` and `lease_left` are in seconds; `key` is the resolved text, cut to a bound.
+
+    `host` and `pid` are those of its process, and `ttl` the length of its lease in seconds, where the store knows them.
+    """
 
     policy: str
     key: str
@@ -76,6 +78,8 @@ class Holder:
     path: str = ""
     pid: int | None = None
     cost: int = 1
+    host: str = ""
+    ttl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,21 @@ class BaseBackend(ABC):
     def snapshot(self) -> Sequence[Holder]:
         """Who holds what now."""
         raise NotImplementedError(f"{type(self).__name__} cannot list its holders")
+
+    def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
+        """What is in flight on each one's semaphore now, as a take would count it. Changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} cannot count without taking")
+
+    def note(self, peaks: Mapping[str, int]) -> None:  # noqa: B027  # nothing to do for a store that tells people nothing
+        """Keep, for people, the most that takes saw in flight on one key of each policy since the last note; and who this
+        process is. In the keeper's thread."""
+
+    def peaks(self) -> Mapping[str, int]:
+        """Policy -> the most in flight on one of its keys since `reset_peaks`, by the notes of all processes."""
+        return {}
+
+    def reset_peaks(self) -> None:  # noqa: B027  # nothing to do where there are none
+        """Forget the peaks."""
 
     def check(self) -> Sequence[Any]:
         """Django check messages about this store's configuration. Must not be slow and must not raise."""

@@ -1,0 +1,84 @@
+"""What decorators limit: the policies of `@concurrency_limit` as people see them, in the checks and in the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+from . import conf
+from .backends import BaseBackend
+from .decorators import guards, limits
+from .exceptions import ConfigurationError
+from .limiter import store_of
+from .policies import Policy
+from .routes import innermost
+
+
+@dataclass(frozen=True, slots=True)
+class Decorated:
+    """A decorator on a view: its policy, and the method or action that it is about, None where that is all of them."""
+
+    policy: Policy
+    method: str | None = None
+
+
+def decorated(view: Any, config: conf.Config) -> list[Decorated]:
+    """The decorators on a view of the URL configuration, outermost first: its own, then those of single methods.
+
+    Raises: ImproperlyConfigured for one that names what is not there.
+    """
+    inner = innermost(view)
+    cls = next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
+    found = [Decorated(guard.policy_on(cls, "dispatch", config)) for guard in guards(view)]
+    if cls is None:
+        return found
+    # A ViewSet's methods are made of its actions, for each request.
+    actions = getattr(inner, "actions", None) or {name: name for name in getattr(cls, "http_method_names", ())}
+    for method, name in actions.items():
+        marked = guards(getattr(cls, name, None))
+        found += [Decorated(guard.policy_on(cls, name, config), method.upper()) for guard in marked]
+    return found
+
+
+def all_decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:
+    """The policy of each `concurrency_limit` that has been imported and is alive, or what is wrong with it."""
+    try:
+        _import_urls()
+    except ConfigurationError as error:
+        yield error
+    # The real name is known only with the view; this one stands for it, and must not be a policy's of the table.
+    name = "view"
+    while config.table.get(name) is not None:
+        name += "_"
+    for limit in sorted(limits, key=lambda limit: limit.place):
+        try:
+            yield limit.policy(name, config)
+        except ImproperlyConfigured as error:
+            yield error
+
+
+def stores_in_use(config: conf.Config) -> Iterator[BaseBackend | Exception]:
+    """The stores that policies and decorators use, each once, or why one cannot be used."""
+    seen: set[int] = set()
+    decorators = (made for made in all_decorators(config) if isinstance(made, Policy))
+    for policy in (*config.table, *decorators):
+        try:
+            store = store_of(policy, config)
+        except Exception as error:  # a store of the project's may fail in any way
+            yield error
+            continue
+        if id(store) not in seen:
+            seen.add(id(store))
+            yield store
+
+
+def _import_urls() -> None:
+    """Decorators are known once their module is imported."""
+    from django.urls import get_resolver
+
+    if getattr(settings, "ROOT_URLCONF", None):
+        _ = get_resolver().url_patterns
