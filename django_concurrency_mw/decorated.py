@@ -15,7 +15,7 @@ from .decorators import guards, limits
 from .exceptions import ConfigurationError
 from .limiter import store_of
 from .policies import Policy
-from .routes import innermost
+from .routes import innermost, routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,22 @@ def all_decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigure
             yield limit.policy(name, config)
         except ImproperlyConfigured as error:
             yield error
+
+
+def policies_in_use(config: conf.Config) -> dict[str, Policy]:
+    """Name -> policy, of the table and of the decorators in the URL configuration, under the names that requests use.
+
+    Several decorators may share a name; the first one stands for them. One that is wrong is left out: the checks say so.
+    """
+    found = {policy.name: policy for policy in config.table}
+    for route in routes():
+        try:
+            on_view = decorated(route.view, config)
+        except ImproperlyConfigured:
+            continue
+        for one in on_view:
+            found.setdefault(one.policy.name, one.policy)
+    return found
 
 
 def stores_in_use(config: conf.Config) -> Iterator[BaseBackend | Exception]:

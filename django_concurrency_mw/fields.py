@@ -278,7 +278,7 @@ def _boolean(value: object) -> bool:
     return value
 
 
-def _seconds(value: object) -> float:
+def check_duration(value: object) -> float:
     """A duration in seconds, 0 included."""
     if isinstance(value, str):
         found = _DURATION.fullmatch(value)
@@ -299,7 +299,7 @@ def _seconds(value: object) -> float:
 
 
 def _lease(value: object) -> float:
-    seconds = _seconds(value)
+    seconds = check_duration(value)
     if seconds < SHORTEST:
         raise FieldError(f"expected seconds > 0 (at least {SHORTEST}), got {shown(value)}")
     return seconds
@@ -586,7 +586,7 @@ _ROWS = (
     ),
     Field(
         "wait",
-        _seconds,
+        check_duration,
         "Seconds to wait for a slot before rejecting.",
         {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST}, _LENGTH["anyOf"][1]]},
         default=0.0,

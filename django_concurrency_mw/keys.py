@@ -78,14 +78,18 @@ class Resolver:
         asking: Asking = []
         for policy in policies:
             if policy.except_ips and self._comes_from(policy.except_ips):
+                self.leave_out(policy, "except_ips")
                 continue
             if policy.when is not None and not (yield from self._applies(policy.when)):
+                self.leave_out(policy, "when")
                 continue
             if policy.except_users and (yield from self._is_one_of(policy.except_users)):
+                self.leave_out(policy, "except_users")
                 continue
             try:
                 key = yield from self._key(policy)
             except _NotApplicable:
+                self.leave_out(policy, "key")
                 continue
             if isinstance(key, Key):
                 limit, cost = policy.max_concurrent, policy.cost
@@ -99,6 +103,9 @@ class Resolver:
             else:
                 asking.append(key)
         return asking
+
+    def leave_out(self, policy: Policy, field: str) -> None:
+        """The policy does not apply, by its own field of this name. For those who have to explain it."""
 
     def _comes_from(self, networks: Sequence[Network]) -> bool:
         address = self._client_address()

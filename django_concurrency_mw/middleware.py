@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.conf import settings
 from django.http.response import HttpResponseBase
+from django.utils.module_loading import import_string
 
 from . import conf
 from .drivers import arun, run
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
 
     from .policies import Policy
+
+#: What MIDDLEWARE calls it.
+MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
 
 
 class ConcurrencyLimitMiddleware:
@@ -101,6 +106,21 @@ def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Confi
     """What is to be taken here: nothing where the view's own throttle takes it."""
     policies = policies_of(request, view, config)
     return () if policies and throttles_itself(view) else policies
+
+
+def times_installed() -> int:
+    """How often MIDDLEWARE names our middleware, or a subclass of it."""
+    return sum(map(_is_ours, settings.MIDDLEWARE))
+
+
+def _is_ours(path: str) -> bool:
+    if path == MIDDLEWARE:
+        return True
+    try:
+        found = import_string(path)
+    except Exception:  # Django says so when it builds the chain
+        return False
+    return isinstance(found, type) and issubclass(found, ConcurrencyLimitMiddleware)
 
 
 def throttles_itself(view: Any) -> bool:

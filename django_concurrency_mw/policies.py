@@ -52,13 +52,13 @@ class Policy:
     place: str = ""
 
 
-def applies_to(policy: Policy, view_name: str, method: str) -> bool:
-    """Does the table give this policy to that view? A policy without `url_names` is given to none."""
-    return (
-        (policy.methods is None or method in policy.methods)
-        and any(fnmatchcase(view_name, pattern) for pattern in policy.url_names)
-        and not any(fnmatchcase(view_name, pattern) for pattern in policy.exclude)
-    )
+def left_out(policy: Policy, view_name: str, method: str) -> str | None:
+    """The field for which the table does not give this policy to that view; None where it does."""
+    if not any(fnmatchcase(view_name, pattern) for pattern in policy.url_names):
+        return "url_names"
+    if any(fnmatchcase(view_name, pattern) for pattern in policy.exclude):
+        return "exclude"
+    return "methods" if policy.methods is not None and method not in policy.methods else None
 
 
 class PolicyTable:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from django_concurrency_mw.keyspec import parse_key
-from django_concurrency_mw.policies import Policy, PolicyTable, applies_to
+from django_concurrency_mw.policies import Policy, PolicyTable, left_out
 
 IP = parse_key("ip")
 
@@ -54,7 +54,7 @@ def test_methods_are_matched() -> None:
 def test_a_policy_without_url_names_matches_no_view() -> None:
     table = PolicyTable([policy("by-name")])
     assert table.match("anything", "GET") == ()
-    assert not applies_to(table.policies[0], "anything", "GET")
+    assert left_out(table.policies[0], "anything", "GET") == "url_names"
     assert table.get("by-name") is table.policies[0]
     assert table.get("other") is None
 
@@ -68,7 +68,7 @@ def test_patterns_mean_what_fnmatchcase_says(wanted: list[str], exclude: list[st
     one = policy("p", *wanted, exclude=tuple(exclude))
     expected = any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in exclude)
     assert bool(PolicyTable([one]).match(name, "GET")) is expected
-    assert applies_to(one, name, "GET") is expected
+    assert (left_out(one, name, "GET") is None) is expected
 
 
 def test_matching_is_case_sensitive() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from django.core.management.base import CommandParser
 
-from . import ping
+from . import explain, holders, ping
 from .output import Output
 
 
@@ -27,4 +27,8 @@ class Subcommand(Protocol):
         """Do it. Returns 0 or 1. Raises: CommandError."""
 
 
-SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {"ping": ping}
+SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
+    "explain": explain,
+    "holders": holders,
+    "ping": ping,
+}

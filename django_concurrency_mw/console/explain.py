@@ -1,0 +1,205 @@
+"""Explain: what would become of one request, policy by policy. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured, ObjectDoesNotExist, ValidationError
+from django.core.management.base import CommandError, CommandParser
+from django.http import HttpRequest
+from django.test import RequestFactory
+from django.urls import Resolver404, resolve
+from django.utils import translation
+
+from ..explaining import Explanation, Finding, explain
+from .config import configuration
+from .output import Output
+
+HELP = (
+    "which policies a request would meet and why, with keys, limits and counts as they are now, and what would be answered; "
+    "the site's own middleware is not run; exit code 1 if it would be rejected"
+)
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """The request, as far as policies can ask for it."""
+    parser.add_argument("path", help="such as /reports/3/export/?page=2")
+    parser.add_argument("--method", default="GET", type=str.upper, help="GET")
+    parser.add_argument("--user", metavar="PK", help="who is logged in, by primary key")
+    parser.add_argument("--session", metavar="KEY", help="the session's key, as its cookie has it")
+    parser.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'", help="any number of times")
+    parser.add_argument("--ip", default="127.0.0.1", help="the peer's address, as the server sees it: 127.0.0.1")
+
+
+def run(options: Mapping[str, Any], out: Output) -> int:
+    """Exit code 0: it would be let in."""
+    config = configuration()
+    path = options["path"]
+    with translation.override(translation.get_language_from_path(path) or translation.get_language()):
+        request = _request(options)
+        try:
+            found = explain(request, config)
+        except (ImproperlyConfigured, NotImplementedError) as error:
+            raise CommandError(str(error)) from error
+    if out.json:
+        out.document(_as_data(found, request))
+    else:
+        _tell(found, request, out)
+    return 0 if found.rejection is None else 1
+
+
+def _request(options: Mapping[str, Any]) -> HttpRequest:
+    headers: dict[str, str] = {"Host": _host()}
+    for line in options["header"]:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip():
+            raise CommandError(f"--header {line!r}: expected 'NAME: VALUE'")
+        headers[name.strip()] = value.strip()
+    path = options["path"]
+    if not path.startswith("/"):
+        raise CommandError(f"{path!r}: expected a path that begins with /")
+    request = RequestFactory().generic(options["method"], path, headers=headers, REMOTE_ADDR=options["ip"])
+    try:
+        request.resolver_match = resolve(request.path_info)
+    except Resolver404:
+        raise CommandError(
+            f"{request.path_info}: no URL pattern matches, so the answer is a 404 and no policy is asked"
+        ) from None
+    _log_in(request, options)
+    return request
+
+
+def _host() -> str:
+    """A host that ALLOWED_HOSTS lets pass."""
+    return next((host.lstrip(".") for host in settings.ALLOWED_HOSTS if "*" not in host), "localhost")
+
+
+def _log_in(request: HttpRequest, options: Mapping[str, Any]) -> None:
+    """The session and the user that the site's own middleware would have put there."""
+    from django.apps import apps
+
+    key = options["session"]
+    if "django.contrib.sessions.middleware.SessionMiddleware" in settings.MIDDLEWARE or key is not None:
+        request.session = import_module(settings.SESSION_ENGINE).SessionStore(key)
+    if not apps.is_installed("django.contrib.auth"):
+        if options["user"] is not None:
+            raise CommandError("--user: django.contrib.auth is not in INSTALLED_APPS")
+        return
+    from django.contrib.auth import get_user, get_user_model
+    from django.contrib.auth.models import AnonymousUser
+
+    if options["user"] is None:
+        request.user = get_user(request) if key is not None else AnonymousUser()
+        return
+    users = get_user_model()
+    try:
+        request.user = users._default_manager.get(pk=options["user"])
+    except (ObjectDoesNotExist, ValueError, ValidationError):
+        raise CommandError(f"--user {options['user']}: there is no such user") from None
+
+
+def _answer(found: Explanation) -> str:
+    if found.rejection is None:
+        return "it would be let in"
+    refusal = found.rejection
+    wait = (
+        "no Retry-After, as waiting does not help" if refusal.retry_after is None else "Retry-After of 1 to 5 seconds"
+    )
+    first = next(finding.policy for finding in found.findings if finding.policy.name == refusal.policy)
+    by = f", answered by {first.response_callback}" if first.response_callback is not None else ""
+    return f"{refusal.status} {refusal.reason} ({', '.join(refusal.violated)}), {wait}{by}"
+
+
+def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
+    out.line(f"{request.method} {request.path} is {found.view_name}")
+    applied = [one for one in found.findings if not one.why_not]
+    if applied:
+        out.table(
+            ["policy", "taken by", "key", ">in flight", ">limit", ">cost", "outcome", "written in"],
+            [
+                [
+                    one.policy.name,
+                    one.taken_by,
+                    one.key or "",
+                    _number(one.in_flight),
+                    _limit(one),
+                    str(one.cost),
+                    _outcome(one, found),
+                    one.policy.place,
+                ]
+                for one in applied
+            ],
+        )
+    else:
+        out.line("No policy applies.")
+    others = [one for one in found.findings if one.why_not]
+    if others:
+        out.table(
+            ["does not apply", "because of", "written in"],
+            [[one.policy.name, one.why_not, one.policy.place] for one in others],
+        )
+    for note in found.notes:
+        out.line(f"Note: {note}.", "yellow")
+    out.line(f"Now: {_answer(found)}.", "green" if found.rejection is None else "red")
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _limit(one: Finding) -> str:
+    return "none" if one.limit is None and one.key is not None else _number(one.limit)
+
+
+def _outcome(one: Finding, found: Explanation) -> str:
+    refusal = found.rejection
+    if refusal is not None and one.policy.name in refusal.violated:
+        return f"rejects: {refusal.reason}"
+    return _OUTCOMES.get(one.state or "", "not asked") if refusal is None else "not asked, or given back"
+
+
+_OUTCOMES = {
+    "held": "a slot",
+    "over": "over capacity, let in (block: false)",
+    "local": "counted by the process, as the store fails",
+    "unprotected": "let in uncounted, as the store fails",
+    "skipped": "not asked",
+}
+
+
+def _as_data(found: Explanation, request: HttpRequest) -> dict[str, Any]:
+    refusal = found.rejection
+    return {
+        "method": request.method,
+        "path": request.path,
+        "view_name": found.view_name,
+        "admitted": refusal is None,
+        "rejection": None
+        if refusal is None
+        else {
+            "status": refusal.status,
+            "reason": refusal.reason,
+            "policy": refusal.policy,
+            "violated": list(refusal.violated),
+            "retry_after": None if refusal.retry_after is None else [1, 5],
+        },
+        "policies": [
+            {
+                "policy": one.policy.name,
+                "place": one.policy.place,
+                "taken_by": one.taken_by,
+                "applies": not one.why_not,
+                "why_not": one.why_not or None,
+                "key": one.key,
+                "in_flight": one.in_flight,
+                "limit": one.limit,
+                "cost": one.cost,
+                "state": one.state,
+            }
+            for one in found.findings
+        ],
+        "notes": list(found.notes),
+    }

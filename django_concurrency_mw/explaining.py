@@ -1,0 +1,267 @@
+"""The explanation: which policies a request would meet, why not the others, and what would be answered now.
+
+It runs the decisions of real requests, the same steps, over stores that are only looked at: each take is answered from the
+counts, and nothing is taken. What it cannot see is what another process counts by itself while a store fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import conf
+from .backends import BaseBackend
+from .decorated import Decorated, decorated
+from .drivers import run
+from .keys import Resolver
+from .limiter import MARK, policies_of, store_of
+from .middleware import throttles_itself, times_installed
+from .outcomes import Asked, Full, KeyMissing, Rejection, Slot, State, StoreFailed, Taken, TakeReply, Verdict
+from .policies import Policy, left_out
+from .steps import Steps, Take, acquire
+from .tokens import new_token
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+#: Where a policy is taken.
+MIDDLEWARE, THROTTLE, DECORATOR = "the middleware", "the view's throttle", "a decorator"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one policy means for the request.
+
+    `taken_by` says where it is taken: the middleware, the throttle of a view of Django REST framework, or a decorator.
+    `why_not` is empty where it applies. `in_flight` is what is held now, without this request; None where the store does
+    not say, or was not asked as an earlier policy rejects. `state` is what the request would be told of it.
+    """
+
+    policy: Policy
+    taken_by: str
+    why_not: str = ""
+    key: str | None = None
+    limit: int | None = None
+    cost: int = 1
+    in_flight: int | None = None
+    state: State | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """`findings` in the order in which they are asked, then those that do not apply; `notes` say what to keep in mind."""
+
+    view_name: str
+    findings: tuple[Finding, ...]
+    rejection: Rejection | None
+    notes: tuple[str, ...] = ()
+
+
+def explain(request: HttpRequest, config: conf.Config) -> Explanation:
+    """What would become of this request, whose `resolver_match` is set and whose user and session are as they would be.
+
+    Asks the project's own callables, reads the session and the user; changes nothing. Raises what the callables raise, and
+    ImproperlyConfigured for a store or a decorator that cannot be used.
+    """
+    match = request.resolver_match
+    assert match is not None
+    view, notes = match.func, []
+    by_table = policies_of(request, view, config)
+    where = THROTTLE if throttles_itself(view) else MIDDLEWARE
+    if not config.enabled:
+        notes.append("ENABLED is False: nothing is limited")
+    elif by_table and where == MIDDLEWARE and not times_installed():
+        notes.append("ConcurrencyLimitMiddleware is not in MIDDLEWARE: the table is not applied")
+        by_table = ()
+    others = [
+        Finding(policy, where, _why_not(policy, match.view_name, request.method or "", view))
+        for policy in config.table
+        if policy not in by_table and config.enabled
+    ]
+    decorators = decorated(view, config) if config.enabled else []
+    outer = [one for one in decorators if one.method is None]
+    look = _Look(request, match.kwargs, config)
+    if throttles_itself(view):
+        others += look.at_decorators(outer)
+        outer = []
+    look.at(by_table, where)
+    others += look.at_decorators([*outer, *(one for one in decorators if one.method is not None)])
+    return Explanation(
+        match.view_name, (*look.findings, *look.skipped, *others), look.rejection, (*notes, *dict.fromkeys(look.notes))
+    )
+
+
+def _why_not(policy: Policy, view_name: str, method: str, view: Any) -> str:
+    reason = left_out(policy, view_name, method)
+    if reason == "url_names" and not policy.url_names:
+        return "no url_names: only for policy= and hold()"
+    if reason == "url_names":
+        return f"url_names: none of {', '.join(policy.url_names)} is {view_name}"
+    if reason == "exclude":
+        return f"exclude: {', '.join(policy.exclude)} has {view_name}"
+    if reason == "methods":
+        return _methods(policy)
+    if policy.overridable and getattr(view, MARK, False):
+        return "overridable: a decorator on the view takes its place, or exempts the view"
+    return "the middleware is not there to apply it"
+
+
+def _methods(policy: Policy) -> str:
+    return f"methods: {', '.join(sorted(policy.methods or ()))} only"
+
+
+@dataclass
+class _Look:
+    """One request's way through its policies, as far as it would get."""
+
+    request: HttpRequest
+    kwargs: Mapping[str, Any]
+    config: conf.Config
+    findings: list[Finding] = field(default_factory=list)
+    skipped: list[Finding] = field(default_factory=list)
+    rejection: Rejection | None = None
+    notes: list[str] = field(default_factory=list)
+    _held: set[tuple[str, bytes]] = field(default_factory=set)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def at(self, policies: Sequence[Policy], taken_by: str) -> None:
+        """The policies that are taken together here. After a rejection nothing is asked any more."""
+        if self.rejection is not None:
+            self.skipped += [
+                Finding(policy, taken_by, "not asked: the request is rejected before") for policy in policies
+            ]
+            return
+        resolver = _Resolver(self.request, self.kwargs, self.config.trusted, self.config.client_header)
+        asking = run(resolver.resolve(policies))
+        stores = {policy.backend: store_of(policy, self.config) for policy in policies}
+        fresh = [entry for entry in asking if isinstance(entry, KeyMissing) or _semaphore(entry) not in self._held]
+        steps = acquire(fresh, stores, _Nothing(self), new_token(), self.request.path, self.config.on_backend_error)
+        verdict: Verdict = run(self._looked_at(steps))
+        self.rejection = verdict.concurrency.rejection
+        states = {result.policy: result.state for result in verdict.concurrency.policies}
+        for entry in asking:
+            policy = entry.policy
+            if isinstance(entry, KeyMissing):
+                if entry.rejects:
+                    self.findings.append(Finding(policy, taken_by, key=entry.text, limit=None, state="skipped"))
+                else:
+                    self.skipped.append(Finding(policy, taken_by, f"key: {entry.text} has no value here"))
+                continue
+            if entry not in fresh:
+                self.skipped.append(Finding(policy, taken_by, "this request has its slot already", key=entry.key.text))
+                continue
+            state = states[policy.name]
+            count = self._counts.get(policy.name)
+            self.findings.append(Finding(policy, taken_by, "", entry.key.text, entry.limit, entry.cost, count, state))
+            if self.rejection is None and (state in ("held", "local") or not policy.block):
+                self._held.add(_semaphore(entry))
+        applied = {entry.policy for entry in asking}
+        self.skipped += [
+            Finding(policy, taken_by, resolver.reasons.get(policy, "")) for policy in policies if policy not in applied
+        ]
+
+    def at_decorators(self, decorators: Sequence[Decorated]) -> list[Finding]:
+        """One after the other. Returns those that are not about this method."""
+        method, others = self.request.method, []
+        for one in decorators:
+            if one.method is not None and one.method != method and not (one.method == "GET" and method == "HEAD"):
+                others.append(Finding(one.policy, DECORATOR, f"it is on the method {one.method}"))
+            elif one.policy.methods is not None and method not in one.policy.methods:
+                others.append(Finding(one.policy, DECORATOR, _methods(one.policy)))
+            else:
+                self.at((one.policy,), DECORATOR)
+        return others
+
+    def _looked_at(self, steps: Steps[Verdict]) -> Steps[Verdict]:
+        """The same steps; what they want to take is looked at instead."""
+        try:
+            effect = next(steps)
+            while True:
+                if type(effect) is Take:
+                    effect = steps.send(self._reply(effect.store, effect.slots))
+                else:
+                    effect = steps.send((yield effect))
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+    def _reply(self, store: BaseBackend, slots: Sequence[Slot]) -> TakeReply | StoreFailed:
+        try:
+            counts = tuple(store.counts(slots))
+        except NotImplementedError:
+            raise
+        except Exception as error:  # as a take would be
+            self.notes.append(f"backend {store.config.alias} fails: {error}")
+            return StoreFailed(error)
+        if store.one_process:
+            self.notes.append(
+                f"backend {store.config.alias} counts in each process: only the holders of this command's own are seen"
+            )
+        self._counts.update({slot.policy: count for slot, count in zip(slots, counts, strict=True)})
+        fits = tuple(count + slot.cost <= slot.limit for slot, count in zip(slots, counts, strict=True))
+        full = tuple(slot.block and not room for slot, room in zip(slots, fits, strict=True))
+        if True in full:
+            return Full(full, counts)
+        return Taken(
+            fits, tuple(count + room * slot.cost for slot, count, room in zip(slots, counts, fits, strict=True))
+        )
+
+
+def _semaphore(entry: Asked) -> tuple[str, bytes]:
+    return (entry.policy.name, entry.key.digest)
+
+
+class _Resolver(Resolver):
+    """Remembers why a policy does not apply."""
+
+    __slots__ = ("reasons",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.reasons: dict[Policy, str] = {}
+
+    def leave_out(self, policy: Policy, field: str) -> None:
+        self.reasons[policy] = _REASONS[field](policy)
+
+
+_REASONS: Mapping[str, Callable[[Policy], str]] = {
+    "except_ips": lambda policy: "except_ips: the address is in " + ", ".join(map(str, policy.except_ips)),
+    "except_users": lambda policy: "except_users: the user is one of " + ", ".join(map(str, policy.except_users)),
+    "when": lambda policy: f"when: the request is not {policy.when}",
+    "key": lambda policy: "key: the callable says that the policy does not apply",
+}
+
+
+class _Nothing:
+    """A lease that holds nothing."""
+
+    def __init__(self, look: _Look) -> None:
+        self._look = look
+
+    def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
+        """Nothing is taken."""
+
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
+        """Nothing was."""
+
+    def doubt(self, asked: Sequence[Slot]) -> None:
+        """There is no doubt."""
+
+    def uncounted(self, store: Any, slots: Sequence[Slot]) -> tuple[int, ...]:
+        """None is known here."""
+        return ()
+
+    def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
+        """Each process counts by itself then; this is the answer of one that holds nothing."""
+        self._look.notes.append(
+            "while a store fails, each process counts by itself: this is the answer of a process that holds nothing"
+        )
+        fits = all(slot.cost <= slot.limit for slot in slots)
+        return fits, tuple(slot.cost if fits else 0 for slot in slots)
+
+    def release(self) -> None:
+        """There is nothing."""
+
+    def hand_over(self) -> str:
+        """There is nothing."""
+        raise NotImplementedError
