@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from inspect import getclosurevars
 from typing import Any
 
 from django.conf import settings
@@ -33,15 +34,38 @@ def decorated(view: Any, config: conf.Config) -> list[Decorated]:
     """
     inner = innermost(view)
     cls = next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
-    found = [Decorated(guard.policy_on(cls, "dispatch", config)) for guard in guards(view)]
     if cls is None:
-        return found
+        return [Decorated(guard.policy(config)) for guard in guards(view).values()]
+    on_dispatch: dict[str, Policy] = {}
+    for base in cls.__mro__:  # each calls that of the next
+        for mark, policy in _on_method(cls, "dispatch", vars(base).get("dispatch"), config).items():
+            on_dispatch.setdefault(mark, policy)
+    outside = [guard.policy(config) for mark, guard in guards(view).items() if mark not in on_dispatch]
+    found = [Decorated(policy) for policy in (*outside, *on_dispatch.values())]
     # A ViewSet's methods are made of its actions, for each request.
     actions = getattr(inner, "actions", None) or {name: name for name in getattr(cls, "http_method_names", ())}
     for method, name in actions.items():
-        marked = guards(getattr(cls, name, None))
-        found += [Decorated(guard.policy_on(cls, name, config), method.upper()) for guard in marked]
+        function = getattr(cls, name, None)
+        on_method = [*_on_method(cls, name, function, config).values()]
+        on_method += [guard.policy(config) for guard in guards(_below_api_view(function)).values()]
+        found += [Decorated(policy, method.upper()) for policy in on_method]
     return found
+
+
+def _below_api_view(function: Any) -> Any:
+    """The function that Django REST framework's @api_view made a method of; it does not say so itself."""
+    if getattr(function, "__qualname__", "") != "api_view.<locals>.decorator.<locals>.handler":
+        return None
+    return getclosurevars(function).nonlocals.get("func")
+
+
+def _on_method(cls: type, name: str, function: Any, config: conf.Config) -> dict[str, Policy]:
+    """The policies of the decorators on one method, each under its mark, outermost first."""
+    marked = guards(function)
+    return {
+        mark: guard.policy_on(cls, name, len(marked) - position, config)
+        for position, (mark, guard) in enumerate(marked.items())
+    }
 
 
 def all_decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigured]:

@@ -277,15 +277,14 @@ class _Guard:
             self._name = _numbered(_path_of(self._view), self._number)
         return self._name
 
-    def policy_on(self, cls: type | None, method: str, config: conf.Config) -> Policy:
-        """The policy of a request here, on this method of a class or on a function. Raises: ImproperlyConfigured."""
-        own = None if cls is None else self._limit.name_on(cls, method, self._number)
-        return self._limit.policy(own or self._default_name(None), config)
+    def policy(self, config: conf.Config) -> Policy:
+        """The policy of a request here, where this is a function. Raises: ImproperlyConfigured."""
+        return self._limit.policy(self._default_name(None), config)
 
-    @property
-    def number(self) -> int:
-        """Which decorator of its view it is, counted outwards from 1."""
-        return self._number
+    def policy_on(self, cls: type, method: str, number: int, config: conf.Config) -> Policy:
+        """The policy of a request on this method of a class, where this is the method's `number`th decorator, counted
+        outwards. Raises: ImproperlyConfigured."""
+        return self._limit.policy(self._limit.name_on(cls, method, number), config)
 
 
 async def _to_its_end(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Any:
@@ -381,20 +380,35 @@ def _place() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def guards(view: Any) -> list[_Guard]:
-    """The calls of `concurrency_limit` on this view, outermost first, as far as one can see."""
-    return sorted(_marks(view).values(), key=lambda guard: -guard.number)
+def guards(view: Any) -> dict[str, _Guard]:
+    """The calls of `concurrency_limit` on this view, each under a mark of its own, outermost first, as far as one can see."""
+    levels: list[dict[str, _Guard]] = []
+    while view is not None:
+        levels.append(_own_marks(view))
+        view = _wrapped_by(view)
+    found: dict[str, _Guard] = {}
+    for depth, level in enumerate(levels):
+        deeper = set().union(*levels[depth + 1 :])
+        # method_decorator puts the marks of a list on one function, the innermost first.
+        found |= {mark: level[mark] for mark in reversed(level) if mark not in deeper and mark not in found}
+    return found
 
 
 def _marks(view: Any) -> dict[str, _Guard]:
     """The marks of the calls of `concurrency_limit` on this view, and on what it wraps as far as one can see."""
     found: dict[str, _Guard] = {}
     while view is not None:
-        found = {
-            name: value for name, value in getattr(view, "__dict__", {}).items() if name.startswith(_MARK_EACH)
-        } | found
-        view = view.func if isinstance(view, partial) else getattr(view, "__wrapped__", None)
+        found |= _own_marks(view)
+        view = _wrapped_by(view)
     return found
+
+
+def _own_marks(view: Any) -> dict[str, _Guard]:
+    return {name: guard for name, guard in getattr(view, "__dict__", {}).items() if name.startswith(_MARK_EACH)}
+
+
+def _wrapped_by(view: Any) -> Any:
+    return view.func if isinstance(view, partial) else getattr(view, "__wrapped__", None)
 
 
 def _further_in(cls: type, method: str, mark: str) -> int:
