@@ -23,15 +23,8 @@ class ConcurrencyConfig(AppConfig):
     def ready(self) -> None:
         from . import checks
 
-        register(checks.check_settings, checks.TAG)
-        register(checks.check_policies, checks.TAG)
-        register(checks.check_decorators, checks.TAG)
-        register(checks.check_stores, checks.TAG)
-        register(checks.check_default_store, checks.TAG)
-        register(checks.check_deployed_store, checks.TAG, deploy=True)
-        register(checks.check_middleware, checks.TAG)
-        register(checks.check_api_views, checks.TAG)
-        register(checks.check_addresses, checks.TAG, deploy=True)
+        for function, deploy in checks.registered().items():
+            register(function, checks.TAG, deploy=deploy)
         autoreload_started.connect(watch_policy_file, dispatch_uid="django_concurrency_mw")
 
 

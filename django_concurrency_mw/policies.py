@@ -112,10 +112,10 @@ class PolicyTable:
 
 def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
     """`fnmatchcase` against any of the patterns; the two common forms need no regular expression."""
-    exact = frozenset(pattern for pattern in patterns if not _is_glob(pattern))
-    rest = [pattern for pattern in patterns if _is_glob(pattern)]
-    starts = tuple(pattern[:-1] for pattern in rest if pattern.endswith("*") and not _is_glob(pattern[:-1]))
-    others = [pattern for pattern in rest if _is_glob(pattern[:-1]) or not pattern.endswith("*")]
+    exact = frozenset(pattern for pattern in patterns if not is_glob(pattern))
+    rest = [pattern for pattern in patterns if is_glob(pattern)]
+    starts = tuple(pattern[:-1] for pattern in rest if pattern.endswith("*") and not is_glob(pattern[:-1]))
+    others = [pattern for pattern in rest if is_glob(pattern[:-1]) or not pattern.endswith("*")]
     search = re.compile("|".join(map(translate, others))).match if others else None
 
     def matches(view_name: str) -> bool:
@@ -126,5 +126,6 @@ def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
     return matches
 
 
-def _is_glob(pattern: str) -> bool:
+def is_glob(pattern: str) -> bool:
+    """Does the pattern stand for more than one name?"""
     return not {"*", "?", "["}.isdisjoint(pattern)

@@ -298,14 +298,15 @@ def test_w010_a_name_that_another_site_may_have(
 
 
 def test_ids_are_unique_and_explained() -> None:
-    """Each stands in one place of the code, and in the docstring that explains them all."""
-    used: list[str] = []
+    """Each is said in one place of the code, and has one row in the table that explains them all."""
+    said: list[str] = []
     for file in Path(django_concurrency_mw.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                match = re.fullmatch(r"(?:django_concurrency_mw\.)?([EWI]\d{3})", node.value)
-                used += [match[1]] if match else []
-    assert sorted(used) == sorted(set(re.findall(r"\b[EWI]\d{3}\b", checks.__doc__ or "")))
+                match = re.fullmatch(r"django_concurrency_mw\.([EWI]\d{3})", node.value)
+                said += [match[1]] if match else []
+    assert sorted(said) == sorted(row.id for row in checks.CHECKS)
+    assert all(re.fullmatch(r"[A-Z].{10,88}\.", row.meaning) for row in checks.CHECKS)
 
 
 # -- manage.py check ------------------------------------------------------------------------------------------------------
