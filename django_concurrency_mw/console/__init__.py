@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from django.core.management.base import CommandParser
 
-from . import explain, holders, ping
+from . import explain, holders, ping, policies
 from .output import Output
 
 
@@ -31,4 +31,5 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "explain": explain,
     "holders": holders,
     "ping": ping,
+    "policies": policies,
 }

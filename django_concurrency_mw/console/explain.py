@@ -16,7 +16,7 @@ from django.utils import translation
 
 from ..explaining import Explanation, Finding, explain
 from .config import configuration
-from .output import Output
+from .output import Output, near
 
 HELP = (
     "which policies a request would meet and why, with keys, limits and counts as they are now, and what would be answered; "
@@ -128,7 +128,7 @@ def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
                     _limit(one),
                     str(one.cost),
                     _outcome(one, found),
-                    one.policy.place,
+                    near(one.policy.place),
                 ]
                 for one in applied
             ],
@@ -139,7 +139,7 @@ def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
     if others:
         out.table(
             ["does not apply", "because of", "written in"],
-            [[one.policy.name, one.why_not, one.policy.place] for one in others],
+            [[one.policy.name, one.why_not, near(one.policy.place)] for one in others],
         )
     for note in found.notes:
         out.line(f"Note: {note}.", "yellow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     for row in rows:
         made.add_row(*map(Text, row))
     return made
+
+
+def near(place: str) -> str:
+    """Where something is written, by the path from here if that is shorter."""
+    path, colon, rest = place.partition(":")
+    if not os.path.isabs(path):
+        return place
+    return min(place, f"{os.path.relpath(path)}{colon}{rest}", key=len)
 
 
 def _console(stream: OutputWrapper) -> Any:

@@ -1,0 +1,437 @@
+"""`manage.py concurrency`: what people and programs read, options, exit codes, and what is wrong said clearly."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.contrib.sessions.backends.db import SessionStore
+from django.core.management import call_command
+from django.core.management.base import CommandError
+
+from django_concurrency_mw import conf, hold
+from django_concurrency_mw.backends import get_backend
+from django_concurrency_mw.backends.base import Holder
+from django_concurrency_mw.console import SUBCOMMANDS, output
+from django_concurrency_mw.exceptions import PermanentBackendError
+from django_concurrency_mw.testing import hold_slots
+
+from .redis_server import RedisServer
+from .servers import ROOT
+from .support import OURS, Limits, named, wait_until
+from .test_matching import Switchable, table
+
+pytestmark = pytest.mark.urls("tests.matching_urls")
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code and text. Raises: CommandError."""
+    stream = io.StringIO()
+    try:
+        call_command("concurrency", *arguments, stdout=stream)
+    except SystemExit as end:
+        return int(end.code or 0), stream.getvalue()
+    return 0, stream.getvalue()
+
+
+def document(*arguments: str) -> tuple[int, Any]:
+    """Exit code and JSON document."""
+    code, text = command(*arguments, "--json")
+    return code, json.loads(text)
+
+
+@pytest.fixture(params=["memory", "host", "redis"])
+def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    """An entry of BACKENDS."""
+    return entry(request, prefix, tmp_path)
+
+
+def entry(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": server.url, "OPTIONS": {"socket_timeout": 2}}
+    options = {"OPTIONS": {"path": str(tmp_path / "table"), "slots": 256}} if request.param == "host" else {}
+    return {"BACKEND": request.param, "KEY_PREFIX": prefix, **options}
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+class TestTheCommand:
+    def test_a_broken_table_is_told_with_its_places(self, limits: Limits, tmp_path: Path) -> None:
+        file = tmp_path / "policies.yaml"
+        file.write_text("policies:\n  a: {url_names: [x], key: user, max_concurrent: ten}\n")
+        limits(file)
+        for name in ("policies", "holders", "ping"):
+            with pytest.raises(CommandError, match=r"policies\.yaml:2:50: .*expected an integer") as raised:
+                command(name)
+            assert raised.value.returncode == 2
+
+    def test_without_rich_there_is_json(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits(table(p={}))
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        with pytest.raises(CommandError, match=r"django_concurrency_mw\[cli\]") as raised:
+            command("ping")
+        assert raised.value.returncode == 2
+        assert document("ping")[0] == 0
+
+    def test_a_subcommand_that_is_not_there(self) -> None:
+        with pytest.raises(CommandError, match="invalid choice: 'explian'"):
+            command("explian")
+
+    def test_each_subcommand_is_documented_in_its_help(self) -> None:
+        for name, module in SUBCOMMANDS.items():
+            assert module.HELP, name
+
+    def test_what_others_wrote_is_no_markup(self) -> None:
+        """A path such as /[red]/ comes out as it is."""
+        stream = io.StringIO()
+        out = output.Output(output.OutputWrapper(stream), as_json=False)
+        out.table(["a"], [["[red]x[/red]"]])
+        out.line("[bold]y")
+        assert "[red]x[/red]" in stream.getvalue()
+        assert "[bold]y" in stream.getvalue()
+
+
+class TestPing:
+    def test_a_store_that_works(self, limits: Limits, backend: dict[str, Any]) -> None:
+        limits(table(p={}), BACKENDS={"default": backend})
+        code, found = document("ping")
+        assert (code, found["ready"]) == (0, True)
+        assert [(one["backend"], one["ok"]) for one in found["backends"]] == [("default", True)]
+        assert re.match(r"default: works, [0-9.]+ ms", command("ping")[1])
+
+    def test_one_that_does_not(self, limits: Limits) -> None:
+        limits(
+            table(p={}, q={"backend": "away"}),
+            BACKENDS={
+                "default": {"BACKEND": "memory"},
+                "away": {"BACKEND": "redis", "LOCATION": "redis://:secret@127.0.0.1:1/0"},
+            },
+        )
+        code, found = document("ping")
+        assert (code, found["ready"]) == (1, False)
+        assert [one["ok"] for one in found["backends"]] == [True, False]
+        code, text = command("ping")
+        assert code == 1
+        assert "default: works" in text
+        assert "away: " in text
+        assert "secret" not in text + json.dumps(found)
+
+    def test_a_cure(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits(table(p={}), BACKENDS={"default": {"BACKEND": named(Switchable)}})
+
+        def refused(self: Any) -> None:
+            raise PermanentBackendError("no permission", cure="allow EVALSHA")
+
+        monkeypatch.setattr(Switchable, "probe", refused)
+        assert document("ping")[1]["backends"][0]["cure"] == "allow EVALSHA"
+        assert "Cure: allow EVALSHA" in command("ping")[1]
+
+    def test_no_policy(self, limits: Limits) -> None:
+        limits()
+        assert command("ping")[0] == 0
+
+
+class TestPolicies:
+    def test_for_programs(self, limits: Limits, backend: dict[str, Any]) -> None:
+        limits(
+            table(
+                a={"url_names": ["report-*"], "exclude": ["report-status"], "methods": ["POST"], "max_concurrent": 2},
+                b={"url_names": ["told", "page"], "key": "user", "per_key": {"user:7": 1}},
+                c={"url_names": ["shop:list", "nothing"], "max_concurrent": None, "block": False},
+                d={"max_concurrent": "tests.test_limits.two"},
+            ),
+            middleware=[OURS],
+            BACKENDS={"default": backend},
+        )
+        with hold_slots("a", n=2), hold_slots("b", "user:7"), hold_slots("b", "user:8"), hold_slots("c", n=9):
+            code, found = document("policies", "--show-keys")
+        assert code == 0
+        told = {one["policy"]: one for one in found["policies"]}
+        names = ("limit", "in_flight", "keys", "busiest", "at_limit")
+        assert {policy: [told[policy][name] for name in names] for policy in told} == {
+            "a": [2, 2, 1, 2, ["global"]],
+            "b": [5, 2, 2, 1, ["user:7"]],
+            "c": [None, 9, 1, 9, []],
+            "d": ["tests.test_limits.two", 0, 0, 0, []],
+        }
+        assert found["url_names"]["report-a"] == [{"policy": "a", "methods": "POST"}]
+        assert found["url_names"]["report-status"] == []
+        assert "report-status" in found["uncovered"]
+        assert "told" not in found["uncovered"]
+        # shop: is also reachable as second:, and the views are the same.
+        assert {"policy": "c", "covered": "shop:list", "outside": "second:list"} in found["also_reachable"]
+        assert [(one["pattern"], one["field"]) for one in found["unmatched"]] == [("nothing", "url_names")]
+
+    def test_for_people(self, limits: Limits) -> None:
+        limits(table(a={"url_names": ["tols"], "max_concurrent": 1}, b={"url_names": ["report-*"], "block": False}))
+        with hold_slots("a"):
+            text = command("policies")[1]
+        assert re.search(r"^ *a +1 +1 +1 +1 +\S+ +gl~[0-9a-f]{8} ", text, re.MULTILINE), text
+        assert re.search(r"^ *b \(shadow\) +5 +0 ", text, re.MULTILINE), text
+        assert re.search(r"^ *report-a +b\b", text, re.MULTILINE), text
+        assert "url_names 'tols' matches no URL; the nearest name is told." in text
+        assert re.search(r"No policy covers: told,", text), text
+        assert "counts in each process" in text
+
+    def test_reset_peak(self, limits: Limits, backend: dict[str, Any]) -> None:
+        limits(table(a={}), BACKENDS={"default": backend})
+        store = get_backend("default", conf.current().backends)
+        store.note({"a": 4})
+        assert document("policies")[1]["policies"][0]["peak"] == 4
+        assert document("policies", "--reset-peak")[1]["policies"][0]["peak"] == 4
+        assert document("policies")[1]["policies"][0]["peak"] in (None, 0)
+
+
+class TestHolders:
+    def test_filters(self, limits: Limits, backend: dict[str, Any]) -> None:
+        limits(
+            table(a={"key": "user"}, b={"key": "header:X-Tenant"}),
+            BACKENDS={"default": backend},
+        )
+        assert document("holders") == (1, {"holders": []})
+        with hold_slots("a", "user:7"), hold_slots("a", "user:8"), hold_slots("b", "header:X-Tenant:acme"):
+            code, found = document("holders")
+            assert code == 0
+            assert sorted(one["policy"] for one in found["holders"]) == ["a", "a", "b"]
+            assert all("user" not in one["key"] for one in found["holders"]), "masked"
+            assert document("holders", "--show-keys", "--key", "user:8")[1]["holders"][0]["key"] == "user:8"
+            assert len(document("holders", "--policy", "a")[1]["holders"]) == 2
+            assert len(document("holders", "--policy", "b", "--key", "header:X-Tenant:acme")[1]["holders"]) == 1
+            assert document("holders", "--key", "user:9")[0] == 1
+            assert document("holders", "--older-than", "1h")[0] == 1
+            assert len(document("holders", "--older-than", "0")[1]["holders"]) == 3
+            text = command("holders")[1]
+        assert len(re.findall(r"hold_slots\(\)", text)) == 3
+        assert "Nobody holds a slot." in command("holders")[1]
+
+    def test_watch(self) -> None:
+        """A document each time, until Ctrl-C, which is no failure."""
+        environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.inspected_settings", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "django", "concurrency", "holders", "--watch", "0.05", "--json"]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert [json.loads(process.stdout.readline()) for _ in range(3)] == [{"holders": []}] * 3
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+
+    def test_what_is_wrong(self, limits: Limits) -> None:
+        limits(table(exports={}))
+        with pytest.raises(CommandError, match="no such policy; did you mean 'exports'"):
+            command("holders", "--policy", "export")
+        with pytest.raises(CommandError, match="expected seconds such as 90"):
+            command("holders", "--older-than", "yesterday")
+
+    def test_a_store_that_is_away(self, limits: Limits) -> None:
+        limits(table(p={}), BACKENDS={"default": {"BACKEND": "redis", "LOCATION": "redis://127.0.0.1:1/0"}})
+        for name in ("holders", "policies"):
+            with pytest.raises(CommandError, match="refused") as raised:
+                command(name)
+            assert raised.value.returncode == 2
+
+    @pytest.mark.parametrize(
+        ("age", "left", "marks"),
+        [
+            (1.0, 59.0, ""),
+            (19.9, 40.2, ""),
+            (50.0, 45.0, ""),
+            (61.0, 55.0, "overran"),
+            (30.0, 30.0, "not renewed"),
+            (90.0, 12.0, "not renewed"),
+        ],
+    )
+    def test_marks(self, limits: Limits, monkeypatch: pytest.MonkeyPatch, age: float, left: float, marks: str) -> None:
+        """With a ttl of 60 a renewal is due every 20 seconds."""
+        limits(table(p={"ttl": 60}), BACKENDS={"default": {"BACKEND": named(Switchable)}})
+        holder = Holder("p", "global", "token-1", age, left)
+        monkeypatch.setattr(Switchable, "snapshot", lambda self: [holder])
+        found = document("holders")[1]["holders"][0]
+        assert (found["overran"], found["not_renewed"]) == (marks == "overran", marks == "not renewed")
+        assert (marks in command("holders")[1]) is True
+
+    def test_renewed_and_not(self, limits: Limits) -> None:
+        """Of real holders: one that is renewed past its ttl, and one whose lease runs out as it stands."""
+        limits(table(kept={"ttl": 1.5}, short={"ttl": 60, "renew": False}, ending={"ttl": 5, "renew": False}))
+        with hold("kept", key="global"), hold("short", key="global"), hold("ending", key="global"):
+
+            def marks() -> dict[str, tuple[bool, bool]]:
+                rows = document("holders")[1]["holders"]
+                return {row["policy"]: (row["overran"], row["not_renewed"]) for row in rows}
+
+            assert set(marks().values()) == {(False, False)}
+            assert wait_until(lambda: marks().get("kept") == (True, False), 10)
+            assert wait_until(lambda: marks().get("ending") == (False, True), 10)
+            assert marks()["short"] == (False, False)
+
+
+class TestEvict:
+    @pytest.fixture(params=["host", "redis"])
+    def backend(self, request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+        """A command's own process holds nothing in the memory store: see test_memory."""
+        return entry(request, prefix, tmp_path)
+
+    @pytest.fixture
+    def token(self, limits: Limits, backend: dict[str, Any]) -> Any:
+        """Of somebody who holds the only slot there is."""
+        limits(table(p={"max_concurrent": 1}), BACKENDS={"default": backend})
+        with hold_slots("p"):
+            yield document("holders")[1]["holders"][0]["token"]
+
+    def test_it_asks_and_says_what_it_means(self, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for answer in ("", "n", "no", "maybe"):
+            monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+            code, text = command("holders", "--evict", token)
+            assert code == 1
+            assert "runs on without a slot" in text
+            assert "Nobody was evicted." in text
+        assert len(document("holders")[1]["holders"]) == 1
+        monkeypatch.setattr("builtins.input", lambda _: "y")
+        code, text = command("holders", "--evict", token)
+        assert (code, f"Evicted: {token}" in text) == (0, True)
+        assert document("holders")[0] == 1
+
+    def test_no_terminal_is_no_answer(self, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def closed(_: str) -> str:
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", closed)
+        assert command("holders", "--evict", token)[0] == 1
+        with pytest.raises(CommandError, match="--yes"):
+            document("holders", "--evict", token)
+        assert len(document("holders")[1]["holders"]) == 1
+
+    def test_a_token_that_nobody_has(self, token: str) -> None:
+        assert command("holders", "--evict", "0123456789abcdef-1", "--yes")[0] == 1
+        assert len(document("holders")[1]["holders"]) == 1
+
+    def test_memory(self, limits: Limits) -> None:
+        limits(table(p={}))
+        with pytest.raises(CommandError, match="counts in each process"):
+            command("holders", "--evict", "0123456789abcdef-1", "--yes")
+
+
+@pytest.mark.django_db
+class TestExplain:
+    def test_for_people(self, limits: Limits) -> None:
+        limits(
+            table(
+                a={"url_names": ["told"], "max_concurrent": 1, "response_callback": "tests.views.plain"},
+                b={"url_names": ["report-*"]},
+                c={"url_names": ["*"], "methods": ["POST"]},
+                d={"url_names": ["*"], "exclude": ["told"]},
+                e={},
+                f={"url_names": ["*"], "when": "staff"},
+                g={"url_names": ["*"], "except_ips": ["127.0.0.0/8"]},
+                h={"url_names": ["*"], "key": "header:X-Tenant", "missing": "skip"},
+            ),
+            middleware=[OURS],
+        )
+        with hold_slots("a"):
+            code, text = command("explain", "/told/")
+        assert code == 1
+        assert "GET /told/ is told" in text
+        assert re.search(r"^ *a +the middleware +global +1 +1 +1 +rejects: full ", text, re.MULTILINE), text
+        for policy, reason in {
+            "b": "url_names: none of report-* is told",
+            "c": "methods: POST only",
+            "d": "exclude: told has told",
+            "e": "no url_names: only for policy= and hold()",
+            "f": "when: the request is not staff",
+            "g": "except_ips: the address is in 127.0.0.0/8",
+            "h": "key: header:X-Tenant has no value here",
+        }.items():
+            assert re.search(rf"^ *{policy} +{re.escape(reason)}", text, re.MULTILINE), (policy, text)
+        assert "Now: 429 full (a), Retry-After of 1 to 5 seconds, answered by tests.views.plain." in text
+        assert "counts in each process" in text
+        code, text = command("explain", "/told/")
+        assert (code, "Now: it would be let in." in text) == (0, True)
+
+    def test_who_asks(self, limits: Limits, django_user_model: type[User]) -> None:
+        user = django_user_model.objects.create(username="ada", is_staff=True)
+        limits(
+            table(
+                u={"url_names": ["*"], "key": "user"},
+                t={"url_names": ["*"], "key": "{user.username}:{header.X-Tenant}", "missing": "skip"},
+                s={"url_names": ["*"], "key": "session", "missing": "skip"},
+                p={"url_names": ["page"], "key": "{kwargs.pk}:{get.page}:{method}"},
+            ),
+            middleware=[OURS],
+        )
+        session = SessionStore()
+        session["a"] = 1
+        session.save()
+
+        def keys(*arguments: str) -> dict[str, str]:
+            found = document("explain", *arguments)[1]
+            return {one["policy"]: one["key"] for one in found["policies"] if one["applies"]}
+
+        assert keys("/told/") == {"u": "ip:127.0.0.1"}
+        assert keys("/told/", "--ip", "203.0.113.7") == {"u": "ip:203.0.113.7"}
+        assert keys("/told/", "--user", str(user.pk), "--header", "X-Tenant: acme")["u"] == f"user:{user.pk}"
+        assert keys("/told/", "--user", str(user.pk), "--header", "X-Tenant: acme")["t"].startswith("ada:")
+        assert keys("/told/", "--session", session.session_key or "")["s"].startswith("session:")
+        assert "s" not in keys("/told/", "--session", "made-up")
+        assert keys("/page/7/?page=2", "--method", "post")["p"] == "7:2:POST"
+        with pytest.raises(CommandError, match="there is no such user"):
+            command("explain", "/told/", "--user", "4711")
+
+    def test_what_cannot_be_explained(self, limits: Limits) -> None:
+        limits(table(a={"url_names": ["*"]}), middleware=[OURS])
+        with pytest.raises(CommandError, match="/nowhere/: no URL pattern matches"):
+            command("explain", "/nowhere/")
+        with pytest.raises(CommandError, match="expected a path that begins with /"):
+            command("explain", "told/")
+        with pytest.raises(CommandError, match="expected 'NAME: VALUE'"):
+            command("explain", "/told/", "--header", "X-Tenant")
+
+    def test_a_path_with_its_language(self, limits: Limits) -> None:
+        limits(table(a={"url_names": ["greeting"]}), middleware=[OURS])
+        for language in ("en", "de"):
+            assert document("explain", f"/{language}/greeting/")[1]["view_name"] == "greeting"
+
+    def test_where_nothing_limits(self, limits: Limits) -> None:
+        limits(table(a={"url_names": ["*"], "max_concurrent": 0}), middleware=[])
+        code, text = command("explain", "/told/")
+        assert (code, "is not in MIDDLEWARE" in text) == (0, True)
+        limits(table(a={"url_names": ["*"], "max_concurrent": 0}), middleware=[OURS], ENABLED=False)
+        code, text = command("explain", "/told/")
+        assert (code, "ENABLED is False" in text) == (0, True)
+
+    def test_it_changes_nothing(self, limits: Limits, redis_server: RedisServer, prefix: str) -> None:
+        backend = {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": redis_server.url}
+        limits(table(a={"url_names": ["*"]}, b={"url_names": ["*"], "key": "ip"}), BACKENDS={"default": backend})
+        with redis_server.client() as client:
+            before = client.dbsize()
+            client.config_resetstat()
+            assert document("explain", "/told/")[0] == 0
+            stats = {name for name in client.info("commandstats") if not name.startswith("cmdstat_config")}
+            assert client.dbsize() == before
+        assert not {name for name in stats if re.search("zadd|zrem|set$|del|expire|evalsha", name)}, stats
+
+    @pytest.mark.parametrize(
+        ("mode", "code", "note"),
+        [("local", 0, "each process counts by itself"), ("allow", 0, "fails"), ("deny", 1, "fails")],
+    )
+    def test_a_store_that_fails(self, limits: Limits, mode: str, code: int, note: str) -> None:
+        limits(
+            table(a={"url_names": ["*"]}),
+            middleware=[OURS],
+            BACKENDS={"default": {"BACKEND": "redis", "LOCATION": "redis://127.0.0.1:1/0"}},
+            ON_BACKEND_ERROR=mode,
+        )
+        found_code, found = document("explain", "/told/")
+        assert found_code == code
+        assert any(note in one for one in found["notes"])
+        assert (found["rejection"] or {}).get("reason") == ("backend_unavailable" if mode == "deny" else None)
