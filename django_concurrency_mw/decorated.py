@@ -12,9 +12,10 @@ from django.core.exceptions import ImproperlyConfigured
 
 from . import conf
 from .backends import BaseBackend
-from .decorators import guards, limits
+from .decorators import limits
 from .exceptions import ConfigurationError
 from .limiter import store_of
+from .naming import outermost_first
 from .policies import Policy
 from .routes import innermost, routes
 
@@ -35,19 +36,19 @@ def decorated(view: Any, config: conf.Config) -> list[Decorated]:
     inner = innermost(view)
     cls = next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
     if cls is None:
-        return [Decorated(guard.policy(config)) for guard in guards(view).values()]
+        return [Decorated(guard.policy(config)) for guard in outermost_first(view).values()]
     on_dispatch: dict[str, Policy] = {}
     for base in cls.__mro__:  # each calls that of the next
         for mark, policy in _on_method(cls, "dispatch", vars(base).get("dispatch"), config).items():
             on_dispatch.setdefault(mark, policy)
-    outside = [guard.policy(config) for mark, guard in guards(view).items() if mark not in on_dispatch]
+    outside = [guard.policy(config) for mark, guard in outermost_first(view).items() if mark not in on_dispatch]
     found = [Decorated(policy) for policy in (*outside, *on_dispatch.values())]
     # A ViewSet's methods are made of its actions, for each request.
     actions = getattr(inner, "actions", None) or {name: name for name in getattr(cls, "http_method_names", ())}
     for method, name in actions.items():
         function = getattr(cls, name, None)
         on_method = [*_on_method(cls, name, function, config).values()]
-        on_method += [guard.policy(config) for guard in guards(_below_api_view(function)).values()]
+        on_method += [guard.policy(config) for guard in outermost_first(_below_api_view(function)).values()]
         found += [Decorated(policy, method.upper()) for policy in on_method]
     return found
 
@@ -61,7 +62,7 @@ def _below_api_view(function: Any) -> Any:
 
 def _on_method(cls: type, name: str, function: Any, config: conf.Config) -> dict[str, Policy]:
     """The policies of the decorators on one method, each under its mark, outermost first."""
-    marked = guards(function)
+    marked = outermost_first(function)
     return {
         mark: guard.policy_on(cls, name, len(marked) - position, config)
         for position, (mark, guard) in enumerate(marked.items())

@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from functools import partial, wraps
+from functools import wraps
 from inspect import isawaitable
 from itertools import count
 from typing import Any, TypeVar, cast
@@ -30,16 +29,14 @@ from .keyspec import parse_key
 from .lease import Lease
 from .lifetime import afinish, finish, release_cancelled
 from .limiter import MARK, admit, conclude, join, leave
+from .naming import MARK_EACH, NOT_A_NAME, further_in, instance_of, marks, numbered, path_of
 from .outcomes import NOT_LIMITED
 from .policies import Policy, PolicyTable
 from .steps import Steps
 
 V = TypeVar("V", bound=Callable[..., Any])
 
-#: One attribute per call of `concurrency_limit`: `wraps` merges them, where a single one would be replaced.
-_MARK_EACH = "_concurrency_limit_by_"
 _serial = count(1)
-_NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 
 #: Every call of `concurrency_limit` that is alive, for the system checks.
 limits: weakref.WeakSet[Limit] = weakref.WeakSet()
@@ -85,7 +82,7 @@ def concurrency_limit(
         )
     if name is not None and policy is not None:
         raise DecoratorUsageError([Problem(place, "@concurrency_limit: give name= or policy=, not both")])
-    if name is not None and (not isinstance(name, str) or not name or _NOT_A_NAME.search(name)):
+    if name is not None and (not isinstance(name, str) or not name or NOT_A_NAME.search(name)):
         raise DecoratorUsageError([Problem(place, f"@concurrency_limit: name= must be [A-Za-z0-9_.-]+, got {name!r}")])
     return cast("Callable[[V], V]", Limit(given, policy, name, place).decorate)
 
@@ -99,7 +96,7 @@ class Limit:
 
     def __init__(self, given: dict[str, Any], policy: str | None, name: str | None, place: str) -> None:
         self.given, self.policy_name, self.name, self.place = given, policy, name, place
-        self._mark = f"{_MARK_EACH}{next(_serial)}"
+        self._mark = f"{MARK_EACH}{next(_serial)}"
         # Wrong keywords are wrong under any name, and over any policy of the table.
         if policy is None:
             override(None, name or "view", given, place)
@@ -114,7 +111,7 @@ class Limit:
     def decorate(self, view: V) -> V:
         """The view, limited. Types and attributes stay. Raises: DecoratorUsageError for a class, or for no view at all."""
         _refuse_no_view("concurrency_limit(...)", view, self.place)
-        guard = _Guard(self, view, 1 + len(_marks(view)))
+        guard = _Guard(self, view, 1 + len(marks(view)))
         wrapper = _wrapped(view, guard.call, guard.acall)
         setattr(wrapper, self._mark, guard)
         return cast("V", wrapper)
@@ -150,8 +147,8 @@ class Limit:
         name = self._names.get(known)
         if name is None:
             own = "" if method == "dispatch" else f".{method}"
-            number += _further_in(cls, method, self._mark)
-            name = self._names[known] = _numbered(_path_of(cls) + own, number)
+            number += further_in(cls, method, self._mark)
+            name = self._names[known] = numbered(path_of(cls) + own, number)
         return name
 
     def _table_policy(self, config: conf.Config) -> Policy:
@@ -200,7 +197,7 @@ class _Guard:
 
     def __init__(self, limit: Limit, view: Callable[..., Any], number: int) -> None:
         self._limit, self._view, self._number = limit, view, number
-        self._instance = _instance_of(view)
+        self._instance = instance_of(view)
         self._name: str | None = None
         self._awaited = False
 
@@ -274,7 +271,7 @@ class _Guard:
         if instance is not None:
             return self._limit.name_on(type(instance), getattr(self._view, "__name__", "dispatch"), self._number)
         if self._name is None:
-            self._name = _numbered(_path_of(self._view), self._number)
+            self._name = numbered(path_of(self._view), self._number)
         return self._name
 
     def policy(self, config: conf.Config) -> Policy:
@@ -378,73 +375,6 @@ def _place() -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "django.utils.decorators"):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def guards(view: Any) -> dict[str, _Guard]:
-    """The calls of `concurrency_limit` on this view, each under a mark of its own, outermost first, as far as one can see."""
-    levels: list[dict[str, _Guard]] = []
-    while view is not None:
-        levels.append(_own_marks(view))
-        view = _wrapped_by(view)
-    found: dict[str, _Guard] = {}
-    for depth, level in enumerate(levels):
-        deeper = set().union(*levels[depth + 1 :])
-        # method_decorator puts the marks of a list on one function, the innermost first.
-        found |= {mark: level[mark] for mark in reversed(level) if mark not in deeper and mark not in found}
-    return found
-
-
-def _marks(view: Any) -> dict[str, _Guard]:
-    """The marks of the calls of `concurrency_limit` on this view, and on what it wraps as far as one can see."""
-    found: dict[str, _Guard] = {}
-    while view is not None:
-        found |= _own_marks(view)
-        view = _wrapped_by(view)
-    return found
-
-
-def _own_marks(view: Any) -> dict[str, _Guard]:
-    return {name: guard for name, guard in getattr(view, "__dict__", {}).items() if name.startswith(_MARK_EACH)}
-
-
-def _wrapped_by(view: Any) -> Any:
-    return view.func if isinstance(view, partial) else getattr(view, "__wrapped__", None)
-
-
-def _further_in(cls: type, method: str, mark: str) -> int:
-    """How many other decorators stand on the same method of base classes, where `super()` gets to after this one."""
-    bases = iter(cls.__mro__)
-    own = next((marks for base in bases if mark in (marks := _marks(vars(base).get(method)))), {})
-    return len(set().union(*(_marks(vars(base).get(method)) for base in bases)) - own.keys())
-
-
-def _instance_of(view: Any) -> object | None:
-    """The instance that a method is bound to, through partials and wrappers (as method_decorator makes them)."""
-    while view is not None:
-        bound = getattr(view.func if isinstance(view, partial) else view, "__self__", None)
-        if bound is not None:
-            return bound  # type: ignore[no-any-return]  # whatever it is
-        view = getattr(view, "__wrapped__", None)
-    return None
-
-
-def _path_of(view: Any) -> str:
-    """Dotted path of a view function, of the class behind `as_view()`, or of a callable instance's class."""
-    while isinstance(view, partial):
-        view = view.func
-    classes = (getattr(view, "view_class", None), getattr(view, "cls", None))
-    view = next((cls for cls in classes if isinstance(cls, type)), view)
-    if not hasattr(view, "__qualname__"):
-        view = type(view)
-    name = view.__qualname__
-    if isinstance(view, type) and name.rpartition(".")[2] != view.__name__:
-        name = view.__name__  # Django REST framework's api_view: all its classes have one __qualname__
-    return f"{view.__module__}.{name}"
-
-
-def _numbered(path: str, number: int) -> str:
-    name = _NOT_A_NAME.sub("_", path)
-    return name if number == 1 else f"{name}-{number}"
 
 
 def _url_kwargs(request: HttpRequest, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -220,6 +220,7 @@ class TestHolders:
     def test_watch(self) -> None:
         """A document each time, until Ctrl-C, which is no failure."""
         environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.inspected_settings", "PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONUNBUFFERED", None)
         command = [sys.executable, "-m", "django", "concurrency", "holders", "--watch", "0.05", "--json"]
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

@@ -190,12 +190,12 @@ class TestForms:
 
     def test_rest_framework_view_names(self) -> None:
         """All classes that `api_view` makes share one `__qualname__`, and must not share a semaphore."""
-        from django_concurrency_mw.decorators import _path_of
+        from django_concurrency_mw.naming import path_of
 
         for name in ("first", "second"):
             made: Any = type("WrappedAPIView", (View,), {})
             made.__name__, made.__module__ = name, "shop.api"
-            assert _path_of(made.as_view()) == f"shop.api.{name}"
+            assert path_of(made.as_view()) == f"shop.api.{name}"
 
     def test_a_request_of_rest_framework(self, limits: Limits) -> None:
         """Below `api_view`, and on a ViewSet's action, the request is a wrapper around Django's."""

@@ -25,6 +25,7 @@ class Output:
     def document(self, value: Any) -> None:
         """The one JSON document; `--watch` writes one a line."""
         self._stream.write(json.dumps(value, ensure_ascii=False, default=str))
+        self._stream.flush()  # whoever reads a pipe with --watch waits for it
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """One line for people."""
