@@ -4,63 +4,38 @@ from __future__ import annotations
 
 import ast
 import re
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
-from django.core.checks import CheckMessage, Info, run_checks
+from django.core.checks import Info
+from django.core.checks.registry import registry as django_checks
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.http import HttpRequest, HttpResponse
 
 import django_concurrency_mw
-from django_concurrency_mw import backends, checks, concurrency_limit, conf, decorated
+from django_concurrency_mw import backends, checks, conf
 from django_concurrency_mw.backends import BaseBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
-from django_concurrency_mw.decorators import limits as all_limits
 from django_concurrency_mw.middleware import ConcurrencyLimitMiddleware
 
+from .checking import HERE, ON_HOST, decorate, found, ids
 from .conftest import Run
 from .support import OURS, Limits, everything, named
 from .test_conf import UNUSABLE
+
+__all__ = ["decorate"]
 
 
 def view(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
-@pytest.fixture(autouse=True)
-def decorate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Decorate a view; the checks see the decorators of this test only."""
-    mine: weakref.WeakSet[Any] = weakref.WeakSet()
-    monkeypatch.setattr(decorated, "limits", mine)
-    monkeypatch.setattr(decorated, "_import_urls", lambda: None)
-
-    def apply(**fields: Any) -> Any:
-        before = set(all_limits)
-        decorated = concurrency_limit(**fields)(view)
-        for made in set(all_limits) - before:
-            mine.add(made)
-        return decorated
-
-    return apply
-
-
-def found(deploy: bool = False) -> list[CheckMessage]:
-    messages: list[CheckMessage] = run_checks(tags=["concurrency"], include_deployment_checks=deploy)
-    assert all(message.hint for message in messages)
-    return sorted(messages, key=str)
-
-
-def ids(deploy: bool = False) -> list[str]:
-    return [str(message.id).removeprefix("django_concurrency_mw.") for message in found(deploy)]
-
-
 def test_all_is_well(limits: Limits, decorate: Callable[..., Any]) -> None:
-    limits(everything(), TRUSTED_PROXIES=["10.0.0.0/8"])
+    limits(everything(), TRUSTED_PROXIES=["10.0.0.0/8"], BACKENDS=ON_HOST)
     view = decorate(key="user", max_concurrent=1)
     other = decorate(policy="all", block=False)
     assert ids(deploy=True) == []
@@ -93,7 +68,7 @@ def test_e002_a_store_that_cannot_limit(
     (error,) = found()
     assert error.id == "django_concurrency_mw.E002"
     assert re.search(message, error.msg)
-    assert ("policy all" if by == "table" else f"{__file__}:") in error.msg
+    assert ("policy all" if by == "table" else f"{HERE}:") in error.msg
 
 
 class Abstract(BaseBackend):
@@ -132,7 +107,7 @@ def test_e003_a_dotted_path_that_leads_nowhere(
     (error,) = found()
     assert error.id == "django_concurrency_mw.E003"
     assert next(iter(field.values())) in error.msg
-    assert ("policy all" if by == "table" else f"{__file__}:") in error.msg
+    assert ("policy all" if by == "table" else f"{HERE}:") in error.msg
     assert view
 
 
@@ -171,7 +146,7 @@ def test_e004_a_decorator_and_the_table(
     (error,) = found()
     assert error.id == "django_concurrency_mw.E004"
     assert message in error.msg
-    assert f"{__file__}:" in error.msg
+    assert f"{HERE}:" in error.msg
     assert view
 
 
@@ -229,13 +204,13 @@ def test_w003_an_address_that_may_be_the_proxys(
     """With --deploy only, and not where the proxies are named."""
     table = everything(**policy) if by == "table" else None
     view = decorate(**policy, max_concurrent=1) if by == "decorator" else None
-    limits(table)
+    limits(table, BACKENDS=ON_HOST)
     assert ids(deploy=True) == (["W003"] if fires else [])
     assert ids() == []
     if fires:
-        assert ("all" if by == "table" else f"{__file__}:") in found(deploy=True)[0].msg
+        assert ("all" if by == "table" else f"{HERE}:") in found(deploy=True)[0].msg
     for trusted in (["10.0.0.0/8"], ["unix"]):
-        limits(table, TRUSTED_PROXIES=trusted)
+        limits(table, TRUSTED_PROXIES=trusted, BACKENDS=ON_HOST)
         assert ids(deploy=True) == []
     del view
 
@@ -293,7 +268,7 @@ def test_w010_a_name_that_another_site_may_have(
 ) -> None:
     limits(everything(), BACKENDS={"default": {"BACKEND": "host", **backend}}, TRUSTED_PROXIES=["10.0.0.0/8"])
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", module)
-    assert ids(deploy=True) == (["W010"] if warns else [])
+    assert [id for id in ids(deploy=True) if id != "W015"] == (["W010"] if warns else [])
     assert ids() == []
 
 
@@ -306,7 +281,30 @@ def test_ids_are_unique_and_explained() -> None:
                 match = re.fullmatch(r"django_concurrency_mw\.([EWI]\d{3})", node.value)
                 said += [match[1]] if match else []
     assert sorted(said) == sorted(row.id for row in checks.CHECKS)
-    assert all(re.fullmatch(r"[A-Z].{10,88}\.", row.meaning) for row in checks.CHECKS)
+    assert all(re.fullmatch(r"[A-Z].{10,98}\.", row.meaning) for row in checks.CHECKS)
+
+
+def test_every_id_is_seen_firing() -> None:
+    """A test is called after each, and its code names it. (`test_all_is_well` says that nothing is said where all is well.)"""
+    tests: dict[str, str] = {}
+    for file in [*Path(__file__).parent.glob("test_checks*.py"), Path(__file__).parent / "test_drf.py"]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and (ids := re.findall(r"_([ewi]\d{3})(?=_)", node.name)):
+                code = [*node.decorator_list, *(node.body[1:] if ast.get_docstring(node) else node.body)]
+                for id in ids:
+                    tests[id] = "\n".join([tests.get(id, ""), *map(ast.unparse, code)])
+    for row in checks.CHECKS:
+        assert row.id in tests.get(row.id.lower(), ""), f"no test is called test_{row.id.lower()}_... and asserts it"
+
+
+def test_each_function_is_registered_once_as_the_table_says() -> None:
+    registry = [check for check in django_checks.get_checks(True) if check.__module__.startswith(checks.__name__)]
+    assert sorted(map(id, registry)) == sorted({id(row.function) for row in checks.CHECKS})
+    deployed = set(registry) - set(django_checks.get_checks())
+    for row in checks.CHECKS:
+        assert (row.function in deployed) is row.deploy, row.id
+        assert row.function.tags == (checks.TAG,)
+    assert (checks.CHECKS[0].full_id, checks.CHECKS[0].anchor) == ("django_concurrency_mw.E001", "check-e001")
 
 
 # -- manage.py check ------------------------------------------------------------------------------------------------------
@@ -395,5 +393,5 @@ def test_a_decorator_that_is_refused_when_its_module_is_imported(project: Callab
 
 
 def test_a_project_that_is_well(project: Callable[..., Any]) -> None:
-    result = project("policies: {exports: {url_names: [x], key: user, max_concurrent: 1}}", "", "--fail-level=DEBUG")
+    result = project("policies: {exports: {url_names: [x], key: global, max_concurrent: 1}}", "", "--fail-level=DEBUG")
     assert (result.returncode, result.stderr) == (0, "")

@@ -41,6 +41,7 @@ ROUTES = [
     Route("reports:export", first, "reports/export/"),
     Route("reports:export-status", second, "reports/status/"),
     Route("home", second, ""),
+    Route("accounting:of-the-year:summary", second, "accounting/summary/"),
 ]
 
 
@@ -59,6 +60,7 @@ def test_the_routes_of_each_policy_and_of_none() -> None:
         ("report:export*", "reports:export"),
         ("export", "reports:export"),
         ("hom?x", "home"),
+        ("sumary", "accounting:of-the-year:summary"),
         ("zzz", None),
     ],
 )

@@ -61,7 +61,7 @@ urlpatterns = [
     path("big/", views.big_export, name="big"),
     path("dashboard/", views.Dashboard.as_view(), name="dashboard"),
     path("health/", views.health, name="health"),
-    path("status/", views.status, name="status"),
+    path("status/", views.status, name="slots"),
     path("start/", views.start, name="start"),
 ]
 

@@ -6,7 +6,7 @@ import os
 import struct
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any, ClassVar, Final, NamedTuple
@@ -118,6 +118,10 @@ class BaseBackend(ABC):
     #: It counts in this process only, so that no other process can claim what is held in it.
     one_process: ClassVar[bool] = False
 
+    #: Seconds that one call may take before it fails; 0 where it waits for nobody.
+    timeout: float = 0.0
+    #: Of a store on a Redis: which server, and which of its databases.
+    server: tuple[str, int, int] | None = None
     #: Why it is left alone now: it failed, and no probe has succeeded since. Kept by `health`.
     failure: Exception | None = None
 
@@ -205,6 +209,11 @@ class BaseBackend(ABC):
 
     def reset_peaks(self) -> None:  # noqa: B027  # nothing to do where there are none
         """Forget the peaks."""
+
+    def count_place(self) -> Hashable:
+        """Where it counts: two stores of one kind that say the same are one count. By default, those configured alike."""
+        config = self.config
+        return repr((config.location, config.key_prefix, sorted(config.options.items(), key=repr)))
 
     def check(self) -> Sequence[Any]:
         """Django check messages about this store's configuration. Must not be slow and must not raise."""

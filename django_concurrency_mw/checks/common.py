@@ -51,6 +51,11 @@ def asks_for_user(policy: Policy) -> bool:
     return policy.key.needs_user or words or bool(policy.except_users)
 
 
+def asks_for_session(policy: Policy) -> bool:
+    """Does it count by a request's session, or by what is in it?"""
+    return policy.key.needs_session
+
+
 def own_setting(name: str, default: Any = None) -> Any:
     """A key of CONCURRENCY_LIMIT as it was written."""
     return (getattr(settings, conf.SETTING, None) or {}).get(name, default)

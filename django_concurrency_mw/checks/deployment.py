@@ -64,13 +64,40 @@ def check_deployed_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMe
 
 
 def check_deployed_memory(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
-    """W015: a store that counts in each process."""
-    return []
+    """W015: a store that counts in each process. (Where it is the default, W008 has the word.)"""
+    config = configuration()
+    if config is None:
+        return []
+    counting = [store.config for store in stores(config) if store.one_process]
+    return [
+        Warning(
+            f"{one.place} is {one.backend!r}, which counts in each process by itself: four workers, or four machines, let in "
+            "four times a limit.",
+            hint="Use 'host' for the processes of one machine, 'redis' for several machines. Where the site is one process, "
+            "silence this check.",
+            id="django_concurrency_mw.W015",
+        )
+        for one in counting
+        if backends_are_set() or one.alias != "default"
+    ]
 
 
 def check_deployed_prefix(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W016: a name on a Redis that another site may have."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    return [
+        Warning(
+            f"{store.config.place} has the default KEY_PREFIX: another site on the same Redis that gives none either counts "
+            "together with this one, where their policies have the same names.",
+            hint="Give this site a KEY_PREFIX of its own, such as its name. Where no other site uses that Redis, silence this "
+            "check.",
+            id="django_concurrency_mw.W016",
+        )
+        for store in stores(config)
+        if store.server is not None and store.config.key_prefix == DEFAULT_PREFIX + worker_suffix()
+    ]
 
 
 def check_addresses(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
 from typing import Any
 
+from django.conf import settings
 from django.core.checks import CheckMessage, Warning
 
 from .. import backends
-from .common import backends_are_set, configuration, stores
+from .common import backends_are_set, configuration, imported, stores
+
+#: Caches whose clear() is FLUSHDB.
+FLUSHING = frozenset({"django.core.cache.backends.redis.RedisCache", "django_redis.cache.RedisCache"})
 
 
 def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -35,9 +42,61 @@ def check_default_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMes
 
 def check_same_count(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W017: aliases that are one count."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    same: dict[Hashable, list[str]] = defaultdict(list)
+    for alias in config.backends:
+        try:
+            store = backends.get_backend(alias, config.backends)
+            same[type(store), store.count_place()].append(alias)
+        except Exception:  # one that cannot be used: where something uses it, E002 has the word
+            continue
+    return [
+        Warning(
+            f"CONCURRENCY_LIMIT['BACKENDS']: {' and '.join(map(repr, aliases))} are one place with one KEY_PREFIX: "
+            "one count under several names.",
+            hint="Give each a KEY_PREFIX of its own (or another LOCATION), or keep one of them.",
+            id="django_concurrency_mw.W017",
+        )
+        for aliases in same.values()
+        if len(aliases) > 1
+    ]
 
 
 def check_caches(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W019: caches whose clear() empties a store."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    servers = {store.server: store.config.place for store in stores(config) if store.server is not None}
+    if not servers:
+        return []
+    return [
+        Warning(
+            f"CACHES[{alias!r}] and {servers[server]} are one database of one Redis, and cache.clear() is FLUSHDB: it "
+            "forgets who holds what. What still runs is counted again only with its next renewal.",
+            hint="Give the limits a database of their own, by the number at the end of LOCATION (or a server of their own).",
+            id="django_concurrency_mw.W019",
+        )
+        for alias, server in _cache_servers()
+        if server in servers
+    ]
+
+
+def _cache_servers() -> Iterator[tuple[str, Hashable]]:
+    """The servers and databases of caches whose clear() empties the database, each once."""
+    from ..backends.redis.connecting import server_of_url
+
+    for alias, cache in settings.CACHES.items():
+        kinds = {
+            f"{cls.__module__}.{cls.__qualname__}" for cls in getattr(imported(cache.get("BACKEND")), "__mro__", ())
+        }
+        if kinds.isdisjoint(FLUSHING) and cache.get("BACKEND") not in FLUSHING:
+            continue
+        location = cache.get("LOCATION") or ""
+        urls = re.split("[;,]", location) if isinstance(location, str) else location
+        options = cache.get("OPTIONS") or {}
+        options = {**options, **(options.get("CONNECTION_POOL_KWARGS") or {})}  # of django-redis
+        found = {server_of_url(url.strip(), options) for url in urls if isinstance(url, str)}
+        yield from ((alias, server) for server in found if server is not None)

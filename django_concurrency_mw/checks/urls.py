@@ -2,21 +2,101 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from typing import Any
 
-from django.core.checks import CheckMessage
+from django.core.checks import CheckMessage, Warning
+
+from ..coverage import covers_by_glob, second_names, unmatched_patterns
+from ..limiter import MARK
+from ..policies import Policy
+from ..routes import Route, routes
+from .common import configuration, listed
+
+#: A word of a view's name that says by itself that a machine asks whether the site lives.
+HEALTH = frozenset(
+    {"health", "healthz", "healthcheck", "heartbeat", "livez", "liveness", "readyz", "readiness", "pingz", "statusz"}
+)
+#: Words that say so only where no other word stands beside them: `order-status` is for people.
+ALONE = frozenset({"alive", "live", "metrics", "ping", "ready", "startup", "status", "up"})
+#: What may stand beside those.
+BESIDE = frozenset({"api", "app", "check", "db", "probe", "server", "service", "site", "system", "view"})
 
 
 def check_patterns(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W011: patterns that match no URL."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    return [
+        Warning(
+            f"{found.policy.place}: policy {found.policy.name}: {found.field}: {found.pattern!r} matches no URL"
+            + (f"; did you mean {found.nearest!r}?" if found.nearest else "."),
+            hint="A pattern is matched with the name of a URL and its namespaces, such as 'shop:order-list'; a URL without a "
+            "name has the dotted path of its view. Where the site sets request.urlconf and the URL is there, silence this "
+            "check.",
+            id="django_concurrency_mw.W011",
+        )
+        for found in unmatched_patterns(config.table, routes())
+    ]
 
 
 def check_health(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W012: globs that reach a health check."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    known = [route for route in routes() if _is_for_machines(route.name)]
+    messages: list[CheckMessage] = []
+    for policy in filter(_may_reject_a_probe, config.table):
+        reached = [route.name for route in known if covers_by_glob(policy, route.name) and not _is_left(policy, route)]
+        if reached:
+            messages.append(
+                Warning(
+                    f"{policy.place}: policy {policy.name} limits what looks like a health check, by a pattern with a "
+                    f"wildcard: {listed(reached)}.",
+                    hint="A load balancer whose probe is rejected takes the server out just when it is busy. Put the name "
+                    "into `exclude`; or into `url_names` as it is, if it is to be limited.",
+                    id="django_concurrency_mw.W012",
+                )
+            )
+    return messages
 
 
 def check_second_names(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     """W023: views that their policy does not cover under another name."""
-    return []
+    config = configuration()
+    if config is None:
+        return []
+    ways: dict[Policy, list[str]] = defaultdict(list)
+    for found in second_names(config.table, routes()):
+        if not _is_left(found.policy, found.outside):
+            ways[found.policy].append(f"{found.outside.name} is the view of {found.covered.name}")
+    return [
+        Warning(
+            f"{policy.place}: policy {policy.name} can be gone around, as the same view is reachable under a name that it "
+            f"does not cover: {listed(names)}.",
+            hint="Add that name to `url_names`; or to `exclude`, if it is not to be limited.",
+            id="django_concurrency_mw.W023",
+        )
+        for policy, names in ways.items()
+    ]
+
+
+def _is_left(policy: Policy, route: Route) -> bool:
+    """Does the policy leave this view to its decorator, which limits it or exempts it?"""
+    return policy.overridable and bool(getattr(route.view, MARK, False))
+
+
+def _is_for_machines(name: str) -> bool:
+    """Is the last part of this name such as `healthz`, `health-check`, `ready` or `LivenessProbe`?"""
+    last = re.split(r"[:.]", name)[-1]
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", last)}
+    return not words.isdisjoint(HEALTH) or (not words.isdisjoint(ALONE) and words <= ALONE | BESIDE)
+
+
+def _may_reject_a_probe(policy: Policy) -> bool:
+    """A probe is an anonymous GET or HEAD."""
+    asked = policy.methods is None or not policy.methods.isdisjoint({"GET", "HEAD"})
+    return asked and policy.block and policy.max_concurrent is not None and policy.when in (None, "anonymous")

@@ -153,6 +153,11 @@ def _vet(found: os.stat_result, path: Path) -> None:
         raise _unsafe(path, f"it belongs to the user {found.st_uid}, and this process is {os.geteuid()}")
     if found.st_mode & 0o077:
         raise _unsafe(path, f"others may use it (mode {stat.S_IMODE(found.st_mode):04o})")
+    vet_file_system(path, found)
+
+
+def vet_file_system(path: Path, found: os.stat_result) -> None:
+    """Is what was found, the file or its directory, on this machine? Raises: PermanentBackendError."""
     kind = _file_system(found.st_dev)
     if kind in NETWORK:
         raise PermanentBackendError(

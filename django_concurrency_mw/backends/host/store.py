@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from .layout import (
     rounded,
     semaphore,
 )
-from .opening import default_path
+from .opening import default_path, vet_file_system
 from .table import HolderName, Place, Table, TableFull, Wanted
 
 #: One holder of one semaphore: token, policy, digest.
@@ -121,17 +121,22 @@ class HostBackend(BaseBackend):
             self._access.put_aside(self._give, slots)
             return [True] * len(slots)
 
+    def count_place(self) -> Hashable:
+        return str(self._where())
+
     def check(self) -> Sequence[CheckMessage]:
         """Tries a file that is there; one that is not is left for the first request to make."""
         try:
             path = self._where()
             if os.path.lexists(path):
                 self.probe()
-            elif not os.access(path.parent, os.W_OK | os.X_OK):
+                return []
+            if not os.access(path.parent, os.W_OK | os.X_OK):
                 raise PermanentBackendError(
                     f"{path} cannot be made",
                     cure="let this user write in its directory, or name another file in `path`",
                 )
+            vet_file_system(path, path.parent.stat())
         except Exception as error:
             return [check_message(self, error, "Until it works ON_BACKEND_ERROR decides about each request.")]
         return []

@@ -89,6 +89,25 @@ class Recipe:
         return redis.Redis(connection_pool=pool)
 
 
+def server_of(keywords: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Which server, and which of its databases, a connection with these keywords is to. Names are compared, not looked up."""
+    database = int(keywords.get("db") or 0)
+    path = keywords.get("path")
+    if path:
+        return str(path), 0, database
+    host = str(keywords.get("host") or "localhost").lower()
+    here = host in ("localhost", "127.0.0.1", "::1", "[::1]")
+    return "localhost" if here else host, int(keywords.get("port") or 6379), database
+
+
+def server_of_url(url: str, options: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """The same of a URL of another program's, whose query wins over its options; None where it cannot be read."""
+    try:
+        return server_of({**options, **parse_url(url)})  # type: ignore[no-untyped-call]  # redis-py's
+    except (ValueError, TypeError):
+        return None
+
+
 def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
     """The URL by itself, and the options in its query. Raises: ImproperlyConfigured."""
     bare, _, query = location.partition("?")

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -26,10 +27,10 @@ from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
 from . import wire
-from .connecting import Recipe
+from .connecting import Recipe, server_of
 from .errors import classed
 from .leftovers import Leftovers, Release
-from .lines import Lines
+from .lines import Lines, Trial
 from .mux import Mux
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -41,6 +42,8 @@ DELIVER_AGAIN = 0.25
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
+#: Says maxmemory and its policy, to a user who may not CONFIG GET.
+INFO = wire.pack(b"INFO", b"memory")
 #: Slots that one renewal command is for, at most.
 RENEW_AT_ONCE = 500
 
@@ -59,6 +62,8 @@ class RedisBackend(BaseBackend):
                 f"(the hash tag of a Cluster), got {config.key_prefix!r}"
             )
         self._recipe = Recipe(config)
+        self.timeout = self._recipe.timeout
+        self.server = server_of(self._recipe.keywords)
         self._keys = wire.Keys(config.key_prefix)
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
@@ -187,22 +192,50 @@ class RedisBackend(BaseBackend):
             raise classed(error, self._keys) from error
         return holders
 
+    def count_place(self) -> Hashable:
+        return self.server, self.config.key_prefix
+
     def check(self) -> Sequence[CheckMessage]:
-        """Asks the server once, for `socket_timeout` at most."""
-        self._lines.close()
+        """Asks the server once, on a connection of its own, for `socket_timeout` at most in all.
+
+        A server that answers, but not everything within that time, is not complained of: a request asks it for less.
+        """
+        tried = copy(self)
+        lines = tried._lines = Trial(self._recipe, self._leftovers)
         try:
-            self._try_out()
+            tried._try_out()
+            unknown, evicts = lines.unknown, tried._evicts()
         except Exception as error:
+            if lines.answered and lines.over:
+                return []
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
             return [check_message(self, error, hint)]
         finally:
-            unknown = any(line.client is None for line in list(self._lines._free))
-            self._lines.close()
+            lines.close()
+        messages: list[CheckMessage] = []
         if unknown:
             hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
             message = f"{self.config.place}: the server does not tell a connection who it is"
-            return [Warning(message, hint=hint, id="django_concurrency_mw.W007")]
-        return []
+            messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W007"))
+        if evicts:
+            hint = "Set maxmemory-policy to noeviction there, or give the limits a Redis of their own."
+            message = (
+                f"{self.config.place}: the server has a maxmemory and the policy {evicts}: when its memory is full it may "
+                "remove who holds slots, and more are admitted than the limit"
+            )
+            messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W018"))
+        return messages
+
+    def _evicts(self) -> str:
+        """The server's maxmemory-policy, if it may remove our keys; empty if not, and where it does not say."""
+        try:
+            text = bytes(self._call(INFO, (), lambda: INFO)).decode("utf-8", "replace")
+        except Exception:  # forbidden, renamed, or no time left: it is only a piece of advice
+            return ""
+        said = dict(line.partition(":")[::2] for line in text.splitlines())
+        limited = said.get("maxmemory", "0") != "0"
+        policy = said.get("maxmemory_policy", "noeviction")
+        return policy if limited and policy != "noeviction" else ""
 
     def close(self) -> None:
         """Close the idle connections of threads; those of event loops end with their loop."""
