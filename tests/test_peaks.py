@@ -28,7 +28,7 @@ from django_concurrency_mw.tokens import new_token, process_id
 
 from .conftest import ROOT
 from .redis_server import RedisServer
-from .support import Limits, exit_code, wait_until
+from .support import Limits, everything, exit_code, wait_until
 from .views import held, switch
 
 KINDS = ["memory", "redis", *(["host"] if has_host() else [])]
@@ -224,6 +224,20 @@ class TestSeen:
         note(store)
         assert dict(store.peaks()) == {"p": 1999 * 8 + 7}
 
+    def test_what_is_seen_during_a_note_is_for_the_next_one(self, quiet: None) -> None:
+        class Slow(MemoryBackend):
+            def note(self, peaks_: Mapping[str, int]) -> None:
+                super().note(peaks_)
+                if peaks_["p"] == 3:
+                    peaks.seen(self, (slot(),), (7,))
+
+        store = Slow(BackendConfig("default", "memory"))
+        peaks.seen(store, (slot(),), (3,))
+        note(store)
+        assert dict(store.peaks()) == {"p": 3}
+        note(store)
+        assert dict(store.peaks()) == {"p": 7}
+
     def test_a_request_is_counted_admitted_or_not(self, limits: Limits, client: Client, quiet: None) -> None:
         table = {
             "policies": {name: {"url_names": ["*"], "key": "global", "max_concurrent": most} for name, most in POLICIES}
@@ -244,6 +258,13 @@ class TestSeen:
             thread.join()
         assert answers == [200, 200]
         assert dict(window(store)) == {"wide": 2, "narrow": 2}
+
+    def test_who_is_turned_away_sees_what_others_hold(self, limits: Limits, client: Client, quiet: None) -> None:
+        limits(everything(2))
+        store = the_store()
+        store.take([Slot("all", make_key("global"), 2, 60.0, new_token(), cost=2)])
+        assert client.get("/plain/").status_code == 429
+        assert dict(window(store)) == {"all": 2}
 
     def test_it_comes_to_the_store_by_itself(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peaks, "NOTE_EVERY", 0.05)

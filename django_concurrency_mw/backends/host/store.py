@@ -16,7 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import Full, Slot, Taken, TakeReply
 from ..base import BackendConfig, BaseBackend, Holder, Restore, age_of, check_message, has_host, worker_suffix
-from . import noted
+from . import noted, people
 from .access import Access, Inside
 from .layout import (
     DEFAULT_CELLS,
@@ -36,7 +36,7 @@ from .layout import (
     semaphore,
 )
 from .opening import default_path
-from .table import HolderName, Place, Table, TableFull, Wanted
+from .table import VISITOR, HolderName, Place, Table, TableFull, Wanted
 from .visiting import visit
 
 A = TypeVar("A")
@@ -111,11 +111,17 @@ class HostBackend(BaseBackend):
         return bool(self._visit(lambda table, token, now: table.evict(token), token))
 
     def snapshot(self) -> Sequence[Holder]:
-        return self._visit(lambda table, _, now: table.holders(now), None) or []
+        def copied_by_one_of_us(table: Table, _: None, now: int) -> people.Copy:
+            if table.number != VISITOR:
+                table.sweep(now, force=True)
+            return people.copy(table, _, now)
+
+        copied = self._visit(copied_by_one_of_us, None)
+        return [] if copied is None else people.holders(copied)
 
     def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
         names = [semaphore(*slot.semaphore) for slot in slots]
-        counts = self._visit(lambda table, names, now: table.counts(names, now), names) or {}
+        counts = self._visit(people.counts, names) or {}
         return [counts.get(name, 0) for name in names]
 
     def note(self, peaks: Mapping[str, int]) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Collection, Iterable, Mapping
-from socket import gethostname
 from time import monotonic_ns
 from typing import Final, TypeVar
 
 from ...exceptions import BackendError
 from ...outcomes import Slot
-from ..base import Holder
 from .layout import (
     CELL,
     EVICTED,
@@ -128,36 +126,17 @@ class Table:
         at = self.layout.cells_at + place[0] * CELL.size
         return self.map[at : at + CELL.size]
 
-    def holders(self, now: int) -> list[Holder]:
-        """Who holds what."""
-        found, host = [], gethostname()
-        for cell in self._living(now):
-            at = self._cells + cell * Cell.WORDS
-            since, expires, ttl = (self.words[at + word] for word in (Cell.SINCE, Cell.EXPIRES, Cell.TTL))
-            policy, key, token, path = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)
-            owner, cost = self.words[at + Cell.OWNER] >> 32, self.words[at + Cell.OWNER] & WEIGHT_MASK
-            pid = None if owner == NOBODY else self.words[self.layout.processes_word + 4 * owner]
-            age, left = (now - since) / 1e9, (expires - now) / 1e9
-            found.append(Holder(policy, key, token, age, left, path, pid, cost, host, ttl / 1e9))
-        return found
-
-    def counts(self, wanted: Collection[tuple[int, int]], now: int) -> dict[tuple[int, int], int]:
-        """What is in flight of these semaphores, by weight, once everybody has gone who is lapsed or dead. Looks at every
-        cell in use."""
-        found = dict.fromkeys(wanted, 0)
-        for cell in self._living(now):
-            at = self._cells + cell * Cell.WORDS
-            name = (self.words[at], self.words[at + Cell.LO])
-            if name in found:
-                found[name] += self.words[at + Cell.OWNER] & WEIGHT_MASK
-        return found
-
-    def _living(self, now: int) -> list[int]:
-        """The cells that are held, by leases and processes that have not ended."""
+    def living(self, now: int, semaphores: Collection[int] | None = None) -> list[int]:
+        """The cells that are held, by leases and processes that have not ended; of all semaphores, or of those whose names
+        begin with one of these words."""
         start, end = self._cells, self._cells + self.words[Header.HIGH] * Cell.WORDS
+        used = self._used()
+        if semaphores is not None:
+            starts = self.words[start : end : Cell.WORDS].tolist()
+            used = [cell for cell in used if starts[cell] in semaphores]
         owners = [owner >> 32 for owner in self.words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
         ends = self.words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
-        held = [cell for cell in self._used() if self.map[self.states_at + cell] == HELD and ends[cell] > now]
+        held = [cell for cell in used if self.map[self.states_at + cell] == HELD and ends[cell] > now]
         dead = self._dead({owners[cell] for cell in held})
         return [cell for cell in held if owners[cell] not in dead]
 
