@@ -9,7 +9,7 @@ from time import monotonic, time
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import health
+from . import health, peaks
 from .backends import BaseBackend
 from .conf import Config
 from .exceptions import ConcurrencyLimitExceeded, SlotLost
@@ -73,6 +73,7 @@ def _claim_there(
         lease.claimed(old, unsure=True)
     elif reply:
         lease.claimed(new)
+        peaks.held(store)
     else:
         lease.confirm(new, ())
         if policies[0].block:

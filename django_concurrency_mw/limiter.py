@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.http.response import HttpResponseBase
 
-from . import conf, health, rejection, signals
+from . import conf, health, peaks, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
 from .keys import Resolver
@@ -21,10 +21,12 @@ from .outcomes import (
     NOT_LIMITED,
     Asked,
     Concurrency,
+    Full,
     KeyMissing,
     PolicyResult,
     Reason,
     StoreFailed,
+    Taken,
     Verdict,
 )
 from .policies import Policy
@@ -169,7 +171,7 @@ def store_of(policy: Policy, config: Config) -> BaseBackend:
 
 
 def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
-    """The same steps; what their takes say of a store's health is noted."""
+    """The same steps; what their takes say of a store's health, and of what is in flight there, is noted."""
     try:
         effect = next(steps)
         while True:
@@ -179,8 +181,12 @@ def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
             except BaseException as error:
                 effect = steps.throw(error)
             else:
-                if type(reply) is StoreFailed and reply.sent and type(effect) is Take:
-                    health.failed(effect.store, reply.error, began)
+                if type(effect) is Take:
+                    kind = type(reply)
+                    if kind is Taken or kind is Full:
+                        peaks.seen(effect.store, effect.slots, reply.in_flight)
+                    elif kind is StoreFailed and reply.sent:
+                        health.failed(effect.store, reply.error, began)
                 effect = steps.send(reply)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here

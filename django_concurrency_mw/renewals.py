@@ -16,7 +16,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from . import health, notices
+from . import health, notices, peaks
 from .backends.base import RESTORE_WITHIN, Restore
 from .held import NEVER, Held, Holder, by_store
 from .keeper import keeper
@@ -150,6 +150,8 @@ def _count_again(store: Any, pairs: Sequence[Pair]) -> None:
         # It may still be carried out; after this it cannot.
         keeper.at(RESTORE_WITHIN, partial(_give_what_ended, store, asked))
         return
+    if True in reply:
+        peaks.held(store)
     lost = 0
     for ((_, held), restore), back in zip(wanted, reply, strict=True):
         if back:

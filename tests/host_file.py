@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from django_concurrency_mw.backends.host.layout import FREE, HELD, WEIGHT_MASK, Cell, Entry, Header
+from django_concurrency_mw.backends.host.layout import CELL, FREE, HELD, WEIGHT_MASK, Cell, Entry, Header, unpack_text
 from django_concurrency_mw.backends.host.table import Table
 
 
@@ -12,6 +12,16 @@ def held_by_state(table: Table) -> dict[int, int]:
     """state -> cells, without the free ones."""
     states = bytes(table.map[table.states_at : table.states_at + table.layout.cells])
     return {state: number for state, number in Counter(states).items() if state != FREE}
+
+
+def tokens_there(table: Table, policy: str) -> set[str]:
+    """Who has a cell of this policy that is held, the dead too."""
+    plan = table.layout
+    states = bytes(table.map[table.states_at : table.states_at + plan.cells])
+    texts = [
+        unpack_text(table.map, plan.cells_at + cell * CELL.size) for cell, state in enumerate(states) if state == HELD
+    ]
+    return {token for name, _, token, _ in texts if name == policy}
 
 
 def consistent(table: Table) -> list[str]:

@@ -227,14 +227,14 @@ def test_an_exception_half_way_leaves_a_right_total(leaves: bool) -> None:
                 raise KeyboardInterrupt
 
     semaphore = Struck()
-    semaphore.add("a", _Held(0, 1, "k", "", 3))
+    semaphore.add("a", _Held(0, 1, "k", "", 3, 60))
     semaphore.armed = True
     with pytest.raises(KeyboardInterrupt):
-        semaphore.remove("a") if leaves else semaphore.add("b", _Held(0, 1, "k", "", 4))
+        semaphore.remove("a") if leaves else semaphore.add("b", _Held(0, 1, "k", "", 4, 60))
     semaphore.armed = False
     expected = 0 if leaves else 7
     assert semaphore.total() == expected
-    semaphore.add("c", _Held(0, 1, "k", "", 10))
+    semaphore.add("c", _Held(0, 1, "k", "", 10, 60))
     assert semaphore.total() == expected + 10
 
 

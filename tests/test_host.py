@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import gc
@@ -23,7 +24,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
-from django_concurrency_mw.backends.host import access, layout, opening, table
+from django_concurrency_mw.backends.host import access, layout, locking, opening, table, visiting
 from django_concurrency_mw.backends.host import store as host_store
 from django_concurrency_mw.backends.host.layout import Header
 from django_concurrency_mw.backends.host.store import HostBackend
@@ -38,6 +39,8 @@ from .support import exit_code, wait_until
 NEVER = float("inf")
 #: Of policy report-exports and key user:42.
 SEMAPHORE = (0x02EF6E75251E40D1, 0xD54AD1E2BD2861D0)
+#: Of policy report-exports alone, and the digits of one that is called by 105 times x.
+PEAK, LONG_PEAK = (0xBAC2061CA71227C6, 0x0A429E9AFF7A9937), b"d4f5d2df640f"
 
 
 def slot(
@@ -86,7 +89,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (access, opening, table):
+    for module in (access, opening, table, visiting):
         monkeypatch.setattr(module, "monotonic_ns", clock)
     return clock
 
@@ -317,6 +320,7 @@ class TestText:
         assert holder.pid == os.getpid()
         assert (holder.policy, holder.key, holder.token) == ("reports.export", "user:42", token)
         assert (holder.path, holder.age, holder.lease_left) == ("/reports/", 3, 57)
+        assert (holder.host, holder.ttl) == (os.uname().nodename, 60)
 
     def test_what_is_too_long_is_cut_between_two_characters(self, store: HostBackend) -> None:
         store.take([Slot("ü" * 100, make_key("k" * 500), 5, 60, new_token(), True, "x" + "€" * 200)])
@@ -340,9 +344,215 @@ def test_the_layout_of_version_1_never_changes() -> None:
     assert (plan.states_at, plan.cells_at, plan.index_at, plan.size) == (167_936, 184_320, 7_524_352, 9_621_504)
     assert (layout.Cell.TICKET, layout.Cell.OWNER, layout.Cell.EXPIRES, layout.Cell.WAKE) == (2, 3, 5, 9)
     assert layout.CELL.size == 448
+    assert (plan.peaks_at, layout.PEAKS, layout.Peak.WORDS) == (36_864, 1024, 16)
+    assert (layout.Peak.HI, layout.Peak.LO, layout.Peak.MOST, layout.Peak.TEXT) == (0, 1, 2, 3)
+    assert layout.peak_name("report-exports") == (*PEAK, b"report-exports")
+    assert layout.peak_name("x" * 105)[2] == b"x" * 91 + b"~" + LONG_PEAK
     assert layout.semaphore("report-exports", make_key("user:42").digest) == SEMAPHORE
     names = [value for name, value in vars(layout.Header).items() if name.isupper()]
     assert sorted(names) == list(range(13))
+
+
+class TestVisits:
+    """Who only looks, as an operator's command does, is none of the table's processes, and disturbs nobody."""
+
+    @pytest.fixture
+    def look(self, path: Path) -> Iterator[HostBackend]:
+        """A store that nothing was ever taken by."""
+        look = made(path)
+        yield look
+        assert look._access._fd == -1, "it is one of the table's processes"
+        look.close()
+
+    def test_without_a_file_there_is_nobody_and_none_is_made(self, look: HostBackend, path: Path) -> None:
+        assert list(look.snapshot()) == []
+        assert list(look.counts([slot(), slot("q")])) == [0, 0]
+        assert dict(look.peaks()) == {}
+        assert look.evict("t") is False
+        look.reset_peaks()
+        assert not path.exists()
+
+    def test_an_empty_file_is_nobody_s(self, look: HostBackend, path: Path) -> None:
+        path.touch(0o600)
+        assert list(look.snapshot()) == []
+        assert path.stat().st_size == 0
+
+    def test_all_of_it_works_and_leaves_no_process_behind(
+        self, look: HostBackend, store: HostBackend, path: Path
+    ) -> None:
+        store.take([slot("p", limit=3, token="a"), slot("q", token="a")])
+        store.take([slot("p", limit=3, token="b")])
+        store.note({"p": 2})
+        with path.open("r+b") as file:
+            before = living(file.fileno())
+            descriptors = opened_here(path)
+            assert sorted(one.token for one in look.snapshot()) == ["a", "a", "b"]
+            assert {one.pid for one in look.snapshot()} == {os.getpid()}
+            assert list(look.counts([slot("p"), slot("q"), slot("r")])) == [2, 1, 0]
+            assert dict(look.peaks()) == {"p": 2}
+            assert look.evict("a") is True
+            assert list(look.counts([slot("p"), slot("q")])) == [1, 0]
+            look.reset_peaks()
+            assert dict(store.peaks()) == {}
+            assert living(file.fileno()) == before
+            gc.collect()
+            assert opened_here(path) == descriptors
+        assert isinstance(store.take([slot("q")]), Taken)
+        assert list(store.give([slot("p", token="a")])) == [False]
+        assert list(store.give([slot("p", token="b")])) == [True]
+
+    def test_when_all_are_dead_nothing_is_wiped(self, look: HostBackend, path: Path) -> None:
+        """And the dead do not count, but what was handed over does."""
+        dead = made(path)
+        dead.take([slot(limit=5, token="mine"), slot("q", token="mine")])
+        dead.take([slot(limit=5, token="handed")])
+        dead.detach([slot(token="handed")])
+        dead.note({"p": 3})
+        dead.close()
+        before = path.read_bytes()
+        assert [(one.token, one.pid) for one in look.snapshot()] == [("handed", None)]
+        assert list(look.counts([slot(), slot("q")])) == [1, 0]
+        assert dict(look.peaks()) == {"p": 3}
+        assert path.read_bytes() == before
+        assert look.evict("handed") is True
+        assert list(look.counts([slot()])) == [0]
+
+    def test_a_table_of_another_run_of_the_machine_is_nobody_s(
+        self, look: HostBackend, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = made(path)
+        old.take([slot(token="handed")])
+        old.detach([slot(token="handed")])
+        old.close()
+        monkeypatch.setattr(opening, "_boot", lambda: 7)
+        assert list(look.snapshot()) == []
+        assert list(look.counts([slot()])) == [0]
+
+    def test_another_number_of_slots_is_said_as_long_as_somebody_lives(self, look: HostBackend, path: Path) -> None:
+        large = made(path, slots=1024)
+        large.take([slot()])
+        with pytest.raises(PermanentBackendError, match="another layout"):
+            look.snapshot()
+        large.close()
+        assert list(look.snapshot()) == []
+
+    def test_a_file_of_something_else_is_refused(self, look: HostBackend, path: Path) -> None:
+        path.write_bytes(b"something else" * 1000)
+        path.chmod(0o600)
+        with pytest.raises(PermanentBackendError, match="a file of something else"):
+            look.counts([slot()])
+
+    def test_what_others_may_write_is_refused(self, look: HostBackend, store: HostBackend, path: Path) -> None:
+        store.take([slot()])
+        path.chmod(0o666)
+        with pytest.raises(PermanentBackendError, match="others may use it"):
+            look.snapshot()
+        path.chmod(0o600)
+
+    def test_a_locked_table_is_an_error_in_time(
+        self, look: HostBackend, store: HostBackend, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.take([slot()])
+        monkeypatch.setattr(visiting, "TIMEOUT", 0.02)
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(BackendError, match="stayed locked"):
+                look.snapshot()
+        assert len(look.snapshot()) == 1
+
+    def test_half_an_index_is_made_anew_before_somebody_is_evicted(self, look: HostBackend, store: HostBackend) -> None:
+        store.take([slot(limit=3, token="a")])
+        store.take([slot(limit=3, token="b")])
+        words = opened(store).words
+        plan = opened(store).layout
+        words[plan.index_word : plan.index_word + 8 * plan.entries] = memoryview(bytes(64 * plan.entries)).cast("Q")
+        words[Header.DIRTY], words[Header.HIGH] = 1, 0
+        assert look.evict("a") is True
+        assert list(look.counts([slot()])) == [1]
+        assert consistent(opened(store)) == []
+
+    def test_a_full_table_and_a_full_semaphore_are_no_obstacle(self, look: HostBackend, path: Path) -> None:
+        full = made(path, slots=64)
+        look._layout = layout.Layout(64)
+        for number in range(64):
+            assert isinstance(full.take([slot(limit=64, token=f"t{number}")]), Taken)
+        with pytest.raises(BackendError, match="`slots`"):
+            full.take([slot("q")])
+        assert list(look.counts([slot()])) == [64]
+        assert look.evict("t7") is True
+        assert len(look.snapshot()) == 63
+        assert look.evict("t7") is False
+        full.close()
+
+    def test_when_all_1024_processes_are_there(self, look: HostBackend, store: HostBackend, path: Path) -> None:
+        """Nobody else can take part, but everybody can look, and evict."""
+        store.take([slot(token="a")])
+        with path.open("r+b") as file:
+            assert opened(store).number == 0
+            others = locking._RANGE.pack(fcntl.F_WRLCK, 0, locking.LIVE + 1, layout.PROCESSES - 1, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, others)
+            late = made(path)
+            with pytest.raises(BackendError, match="1024 processes use"):
+                late.take([slot("q")])
+            late.close()
+            assert [one.token for one in look.snapshot()] == ["a"]
+            assert list(look.counts([slot()])) == [1]
+            assert look.evict("a") is True
+            assert list(look.counts([slot()])) == [0]
+
+
+def living(fd: int) -> list[int]:
+    return [number for number in range(layout.PROCESSES) if locking.any_alive(fd, number)]
+
+
+def opened_here(path: Path) -> int:
+    """How many descriptors and mappings of it this process has."""
+    links = [f"/proc/self/{kind}/{name}" for kind in ("fd", "map_files") for name in os.listdir(f"/proc/self/{kind}")]
+    found = 0
+    for link in links:
+        with contextlib.suppress(OSError):  # it was that of the list itself, or another thread's
+            found += os.readlink(link) == str(path)
+    return found
+
+
+class TestPeaks:
+    def test_a_reset_that_was_cut_short_leaves_no_peak_too_low(self, store: HostBackend) -> None:
+        """Two policies of one place; the first is reset, the second not, and then stands there twice."""
+        names = same_place()
+        store.note({names[0]: 1, names[1]: 8})
+        table, first = opened(store), layout.peak_name(names[0])[0] % layout.PEAKS
+        at = table.layout.peaks_word + first * layout.Peak.WORDS
+        table.words[at] = 0
+        store.note({names[1]: 3})
+        assert dict(store.peaks()) == {names[1]: 8}
+        store.note({names[1]: 9, names[0]: 2})
+        assert dict(store.peaks()) == {names[1]: 9, names[0]: 2}
+
+    def test_they_stay_when_the_last_process_ends(self, store: HostBackend, path: Path) -> None:
+        store.note({"p": 4})
+        store.close()
+        assert store.take([slot()]) == Taken((True,), (1,))
+        assert dict(store.peaks()) == {"p": 4}
+
+    def test_states_and_processes_are_not_touched(self, store: HostBackend) -> None:
+        store.take([slot()])
+        plan, table = opened(store).layout, opened(store)
+        around = [bytes(table.map[4096 : plan.peaks_at]), bytes(table.map[plan.states_at : plan.size])]
+        store.note({f"policy-{number}": 2**40 for number in range(layout.PEAKS)})
+        store.reset_peaks()
+        assert [bytes(table.map[4096 : plan.peaks_at]), bytes(table.map[plan.states_at : plan.size])] == around
+        assert not any(table.map[plan.peaks_at : plan.states_at])
+
+
+def same_place() -> tuple[str, str]:
+    """Two policies whose peaks belong to one place, that is not the last."""
+    seen: dict[int, str] = {}
+    for number in range(10_000):
+        place = layout.peak_name(f"n{number}")[0] % layout.PEAKS
+        if place in seen and place < layout.PEAKS - 2:
+            return seen[place], f"n{number}"
+        seen[place] = f"n{number}"
+    raise AssertionError("a hash that never meets")
 
 
 class TestOptions:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -31,7 +33,7 @@ from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
-from django_concurrency_mw.tokens import new_token
+from django_concurrency_mw.tokens import new_token, process_id
 
 from .redis_server import RedisServer
 from .support import Limits, everything, wait_until, works_again
@@ -451,7 +453,13 @@ def test_the_permissions_that_the_cure_names_suffice(
             assert isinstance(store.take([slot(limit=1)]), Full)
             assert store.renew([(one, 60)]) == [True]
             assert store.restore([Restore(lost, 60, NEVER), Restore(one, 60, NEVER)]) == [True, True]
+            store.note({"p": 2, "q": 1})
+            assert store.peaks() == {"p": 2, "q": 1}
+            store.reset_peaks()
+            assert store.peaks() == {}
+            assert store.counts([slot(), slot("q")]) == [2, 1]
             assert {holder.token for holder in store.snapshot()} == {one.token, two.token, lost.token}
+            assert {holder.pid for holder in store.snapshot()} == {os.getpid()}
             assert store.evict(two.token)
             assert store.restore([Restore(two, 60, NEVER)]) == [False]
             store.give([one, lost])
@@ -487,6 +495,97 @@ def test_the_permissions_that_the_cure_names_suffice(
         # INFO is asked by the check alone, for a piece of advice.
         assert set(refused) <= {("info", "command")}
         command(client, "ACL", "DELUSER", "bare")
+
+
+class TestForPeople:
+    """What operators ask for, while something is wrong."""
+
+    @pytest.fixture
+    def full(self, server: RedisServer) -> Iterator[Callable[[int], None]]:
+        """Call it with the bytes that are left, which may be less than none."""
+        with server.client() as client:
+            yield lambda left: client.config_set("maxmemory", client.info("memory")["used_memory"] + left)
+            client.config_set("maxmemory", 0)
+
+    @pytest.mark.parametrize("cost", [1, 3])
+    def test_evicting_works_without_memory_and_lasts(
+        self, server: RedisServer, made: Make, full: Callable[[int], None], cost: int
+    ) -> None:
+        store, one, other = made(server.url), replace(slot(), cost=cost, memo=[]), slot()
+        store.take([one])
+        store.take([other])
+        full(-500_000)
+        with pytest.raises(BackendError):
+            store.take([slot()])
+        assert store.counts([one]) == [cost + 1]
+        assert store.evict(one.token) is True
+        assert store.counts([one]) == [1]
+        assert [holder.token for holder in store.snapshot()] == [other.token]
+        with server.client() as client:
+            assert client.zscore(store._keys.tombstones, one.token)
+            client.config_set("maxmemory", 0)
+        assert store.restore([Restore(one, 60, NEVER)]) == [False]
+
+    def test_a_note_without_memory_is_an_error_and_keeps_what_stands(
+        self, server: RedisServer, made: Make, full: Callable[[int], None]
+    ) -> None:
+        store = made(server.url)
+        store.note({"p": 2})
+        full(-500_000)
+        with pytest.raises(BackendError):
+            store.note({"p": 3})
+        assert store.peaks() == {"p": 2}
+        store.reset_peaks()
+        assert store.peaks() == {}
+
+    def test_they_expire_and_each_note_pushes_that_out(self, server: RedisServer, made: Make) -> None:
+        store = made(server.url)
+        store.note({"p": 2})
+        with server.client() as client:
+            keys = sorted(client.scan_iter(store._keys.prefix + b"*"))
+            assert keys == [store._keys.peaks, store._keys.process(process_id())]
+            for key, seconds in zip(keys, (30 * 86_400, 600), strict=True):
+                assert 1000 * (seconds - 9) < client.pttl(key) <= 1000 * seconds
+                client.pexpire(key, 5)
+                store.note({"p": 1})
+                assert 1000 * (seconds - 9) < client.pttl(key) <= 1000 * seconds
+            assert client.get(keys[1]) == f"{os.uname().nodename}\n{os.getpid()}".encode()
+
+    def test_a_user_of_old_has_no_processes_and_all_the_rest(self, server: RedisServer, made: Make) -> None:
+        """Without SET and MGET, which no request needs."""
+        with server.client() as client:
+            command(client, "ACL", "SETUSER", "old", "reset", "on", ">pass", "allkeys", "+@all", "-set", "-mget")
+        store, one = made(f"redis://old:pass@127.0.0.1:{server.port}/0"), slot()
+        store.take([one])
+        store.note({"p": 1})
+        assert store.peaks() == {"p": 1}
+        (holder,) = store.snapshot()
+        assert (holder.token, holder.host, holder.pid) == (one.token, "", None)
+
+    @pytest.mark.parametrize("ask", ["counts", "peaks", "note", "reset_peaks"])
+    def test_what_fails_is_classed(self, server: RedisServer, made: Make, ask: str) -> None:
+        calls: dict[str, Callable[[RedisBackend], object]] = {
+            "counts": lambda store: store.counts([slot()]),
+            "peaks": lambda store: store.peaks(),
+            "note": lambda store: store.note({"p": 1}),
+            "reset_peaks": lambda store: store.reset_peaks(),
+        }
+        with broken(wrong_password, server) as (url, _):
+            with pytest.raises(PermanentBackendError) as raised:
+                calls[ask](made(url))
+            assert "right user and password" in raised.value.cure
+            assert "hunter2" not in str(raised.value)
+        with pytest.raises(BackendError) as away:
+            calls[ask](made("redis://127.0.0.1:1/0"))
+        assert not isinstance(away.value, PermanentBackendError)
+
+    def test_a_key_of_another_type_is_said_and_is_nobody_else_s(self, server: RedisServer, made: Make) -> None:
+        store, one = made(server.url), slot("odd")
+        with server.client() as client:
+            client.set(store._keys.semaphore(one).split()[1], "text")
+        with pytest.raises(PermanentBackendError, match="WRONGTYPE") as raised:
+            store.counts([slot(), one])
+        assert raised.value.whole is False
 
 
 def test_the_permissions_name_the_keys_of_this_prefix_alone(server: RedisServer) -> None:

@@ -7,10 +7,11 @@ under one lock and never waits for anything else, so the asyncio half calls the 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import ClassVar
 
@@ -29,10 +30,10 @@ SHRINK_FROM = 4096
 class _Held:
     """One holder of one semaphore: its cost, its lease's end (monotonic seconds) and what people want to know of it."""
 
-    __slots__ = ("cost", "ends", "key", "path", "since")
+    __slots__ = ("cost", "ends", "key", "path", "since", "ttl")
 
-    def __init__(self, since: float, ends: float, key: str, path: str, cost: int) -> None:
-        self.since, self.ends, self.key, self.path, self.cost = since, ends, key, path, cost
+    def __init__(self, since: float, ends: float, key: str, path: str, cost: int, ttl: float) -> None:
+        self.since, self.ends, self.key, self.path, self.cost, self.ttl = since, ends, key, path, cost, ttl
 
 
 class _Semaphore(dict[str, _Held]):
@@ -54,6 +55,10 @@ class _Semaphore(dict[str, _Held]):
         if more is None:
             more = self._more = sum([held.cost - 1 for held in self.values()])
         return len(self) + more
+
+    def counted(self, now: float) -> int:
+        """The same, without those whose lease has ended."""
+        return self.total() if self.earliest > now else sum([held.cost for held in self.values() if held.ends > now])
 
     def add(self, token: str, held: _Held) -> None:
         """Somebody who is not there yet."""
@@ -133,6 +138,7 @@ class MemoryBackend(BaseBackend):
         self._most = 0
         #: token -> the end of the lease that an operator cut short (monotonic seconds).
         self._evicted: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         now = monotonic()
@@ -204,15 +210,47 @@ class MemoryBackend(BaseBackend):
         return bool(held)
 
     def snapshot(self) -> Sequence[Holder]:
-        now = monotonic()
+        now, pid, host = monotonic(), os.getpid(), socket.gethostname()
         with self._lock:
             self._drop_late()
             return [
-                Holder(policy, held.key, token, now - held.since, held.ends - now, held.path, cost=held.cost)
+                Holder(
+                    policy,
+                    held.key,
+                    token,
+                    now - held.since,
+                    held.ends - now,
+                    held.path,
+                    pid,
+                    held.cost,
+                    host,
+                    held.ttl,
+                )
                 for (policy, _), semaphore in self._semaphores.items()
                 for token, held in semaphore.items()
                 if held.ends > now
             ]
+
+    def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
+        now = monotonic()
+        with self._lock as alone:
+            if alone:
+                self._drop_late()
+            found = [self._semaphores.get(slot.semaphore) for slot in slots]
+            return [0 if semaphore is None else semaphore.counted(now) for semaphore in found]
+
+    def note(self, peaks: Mapping[str, int]) -> None:
+        with self._lock:
+            for policy, most in peaks.items():
+                self._peaks[policy] = max(most, self._peaks.get(policy, 0))
+
+    def peaks(self) -> Mapping[str, int]:
+        with self._lock:
+            return dict(self._peaks)
+
+    def reset_peaks(self) -> None:
+        with self._lock:
+            self._peaks = {}
 
     # Callers hold the lock from here on.
 
@@ -244,7 +282,9 @@ class MemoryBackend(BaseBackend):
             self._most = max(self._most, len(self._semaphores))
         held = semaphore.get(slot.token)
         if held is None:
-            semaphore.add(slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost))
+            semaphore.add(
+                slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost, slot.ttl)
+            )
         else:  # asked again: its lease begins again, also a lapsed one
             held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)

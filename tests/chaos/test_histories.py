@@ -180,6 +180,11 @@ class Model:
             if ends > now
         }
 
+    def counts(self, now: float) -> list[int]:
+        """What is in flight at each place."""
+        held = self.held(now)
+        return [sum(COSTS[pair.token] for pair in held if pair.place == place) for place in PLACES]
+
     def tombstones(self, now: float) -> dict[str, float]:
         """Who may not come back before when."""
         return {token: ends for token, ends in self.evicted.items() if ends > now}
@@ -256,6 +261,9 @@ class Rig:
     def look(self, model: Model) -> None:
         """Compare what the store keeps with the model: who stands there, lapsed ones included, and what else there is."""
         raise NotImplementedError
+
+    def counts(self) -> list[int]:
+        return list(self.backend.counts([self.slot(Pair(TOKENS[0], place)) for place in PLACES]))
 
     def close(self) -> None:
         pass
@@ -570,6 +578,7 @@ class Histories(RuleBasedStateMachine):
         for rig, model in self.each:
             try:
                 rig.look(model)
+                assert rig.counts() == model.counts(monotonic())
                 if rig.lists:
                     compare_lists(rig.backend.snapshot(), model.held(monotonic()))
             except Exception as error:

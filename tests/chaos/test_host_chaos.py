@@ -28,7 +28,7 @@ from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
-from ..host_file import consistent, held_by_state
+from ..host_file import consistent, held_by_state, tokens_there
 from ..support import wait_until
 from . import LONG
 
@@ -211,10 +211,7 @@ def test_killed_at_any_bytecode_a_claim_leaves_the_old_ones_or_the_new_ones(stor
         store.detach(olds)
         assert killed_at(point, path, "claim") == 0, "it was not killed"
         store.renew([])  # who comes next makes the index anew, and looks for nobody
-        held = [
-            {holder.token for holder in table_of(store).holders(0) if holder.policy == policy} - {own.token}
-            for policy in ("a", "b")
-        ]
+        held = [tokens_there(table_of(store), policy) - {own.token} for policy in ("a", "b")]
         assert all(tokens and tokens <= {"handed", "heir"} for tokens in held), (point, held)
         assert consistent(table_of(store)) == [], point
         left |= {(*sorted(tokens),) for tokens in held}

@@ -61,6 +61,10 @@ class Inside(BackendError):
 class StaysLocked(BackendError):
     """The table's lock was waited for, and was not free."""
 
+    @classmethod
+    def of(cls, path: Path) -> StaysLocked:
+        return cls(f"{path} stayed locked for {TIMEOUT} s: a process stands still inside, or the machine is very busy")
+
 
 class Access:
     """The one opened file of a store. Opens it with the first call, and again when it is not there any more.
@@ -100,6 +104,11 @@ class Access:
         for fd in fds:
             _close(fd)
 
+    @property
+    def takes_part(self) -> bool:
+        """Is this process one of the table's, or of one that was replaced?"""
+        return self._table is not None or self._former is not None
+
     def __del__(self) -> None:
         """A store that nobody has any more must not keep what it held alive."""
         _close(self._fd)
@@ -113,7 +122,7 @@ class Access:
                 end, nap = monotonic() + TIMEOUT, NAP
                 while reply is _NOT_NOW:
                     if monotonic() > end:
-                        raise self._stayed_locked()
+                        raise StaysLocked.of(self._path)
                     sleep(nap)
                     nap = min(nap * 1.5, LONGEST_NAP)
                     reply = self._attempt(work, argument, True)
@@ -132,7 +141,7 @@ class Access:
                     if self._table is None:
                         await asyncio.to_thread(self.call, _nothing, None)
                     elif monotonic() > end:
-                        raise self._stayed_locked()
+                        raise StaysLocked.of(self._path)
                     else:
                         await asyncio.sleep(0 if turns < TURNS else LONGEST_NAP)
                     turns += 1
@@ -281,11 +290,6 @@ class Access:
         """Where it does not work now, it is done with the next call."""
         with contextlib.suppress(BackendError):
             self._attempt(_nothing, None, False)
-
-    def _stayed_locked(self) -> StaysLocked:
-        return StaysLocked(
-            f"{self._path} stayed locked for {TIMEOUT} s: a process stands still inside, or the machine is very busy"
-        )
 
 
 def _nothing(table: Table, argument: None, now: int) -> None:

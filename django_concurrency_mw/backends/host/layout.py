@@ -2,7 +2,7 @@
 
     header      512 words           the words named in `Header`
     processes   1,024 x 4 words     pid, since when; which numbers are taken is told by locks, not by this
-    peaks       1,024 x 128 bytes   name of a policy (hash and text), the most that were in flight; not written yet
+    peaks       1,024 x 128 bytes   name of a policy (hash and text), the most that were in flight on one of its keys
     states      1 byte per cell     FREE, HELD, QUEUED or EVICTED: writing it is what takes or gives a slot
     cells       448 bytes each      16 words and room for text: one holder or waiter
     index       64 bytes each       two entries per cell: totals and queue of each semaphore, made from states and cells
@@ -84,6 +84,20 @@ class Entry:
     WORDS = 8
 
 
+class Peak:
+    """Words of a peak, which is empty where `HI` is 0 and has text from `TEXT` on. It stands at `HI` modulo PEAKS or behind."""
+
+    HI, LO, MOST, TEXT = range(4)
+
+    WORDS = 16
+
+
+PEAKS: Final = 1024
+#: Bytes of text in a peak.
+NAME_ROOM: Final = (Peak.WORDS - Peak.TEXT) * WORD
+#: Hex digits of the hash that tell apart names that were cut.
+TOLD_BY: Final = 12
+
 WEIGHT_MASK: Final = 0xFFFF_FFFF
 #: The largest number that a word takes.
 MOST: Final = 2**64 - 1
@@ -107,6 +121,8 @@ class Layout:
         "entries",
         "index_at",
         "index_word",
+        "peaks_at",
+        "peaks_word",
         "processes_word",
         "size",
         "states_at",
@@ -115,12 +131,13 @@ class Layout:
     def __init__(self, cells: int) -> None:
         self.cells, self.entries = cells, 2 * cells
         self.processes_word = 512
-        peaks_at = 4096 + PROCESSES * 32
-        self.states_at = peaks_at + PROCESSES * 128
+        self.peaks_at = 4096 + PROCESSES * 32
+        self.states_at = self.peaks_at + PEAKS * Peak.WORDS * WORD
         self.cells_at = self.states_at + cells
         self.index_at = self.cells_at + cells * CELL.size
         self.size = self.index_at + self.entries * Entry.WORDS * WORD
         self.cells_word, self.index_word = self.cells_at // WORD, self.index_at // WORD
+        self.peaks_word = self.peaks_at // WORD
 
 
 def rounded(slots: int) -> int:
@@ -147,6 +164,17 @@ def named(policy: str, digest: bytes, text: str) -> Named:
     """What a cell says of its semaphore; `text` is the key for people."""
     texts = fitted(policy, POLICY_ROOM).ljust(POLICY_ROOM, b"\0") + fitted(text, KEY_ROOM).ljust(KEY_ROOM, b"\0")
     return (*semaphore(policy, digest), texts)
+
+
+def peak_name(policy: str) -> tuple[int, int, bytes]:
+    """What stands in the place of a policy's peak: two words of hash, the first never 0, and its name; a name that is too long
+    is cut, and ends with `~` and digits of the hash."""
+    name = policy.encode("utf-8", "surrogatepass")
+    whole = blake2b(name, digest_size=16, person=b"peak").digest()
+    text = fitted(policy, NAME_ROOM)
+    if len(name) > NAME_ROOM:
+        text = fitted(policy, NAME_ROOM - TOLD_BY - 1) + b"~" + whole.hex()[:TOLD_BY].encode()
+    return int.from_bytes(whole[:8], "little") or 1, int.from_bytes(whole[8:], "little"), text
 
 
 def fitted(text: str, room: int) -> bytes:

@@ -22,7 +22,7 @@ from ...exceptions import BackendError, PermanentBackendError
 from ..base import settings_module
 from .layout import MAGIC, PROCESSES, VERSION, Header, Layout
 from .locking import any_alive, claim
-from .table import Table, wipe
+from .table import VISITOR, Table, wipe
 
 #: Memory that looks like files; every process of a machine sees the same, unless a container has one of its own.
 SHARED_MEMORY: Final = "/dev/shm"
@@ -50,8 +50,17 @@ def default_path(key_prefix: str) -> Path:
 
 def open_file(path: Path) -> int:
     """A descriptor of the file, made if need be, that nobody else may read or write. Raises: BackendError."""
+    return _open(path, os.O_CREAT)
+
+
+def find_file(path: Path) -> int | None:
+    """The same, but None where there is none. Raises: BackendError."""
+    return _open(path, 0) if os.path.lexists(path) else None
+
+
+def _open(path: Path, flags: int) -> int:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+        fd = os.open(path, os.O_RDWR | flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
     except OSError as error:
         raise _classed(error, path) from error
     try:
@@ -92,9 +101,7 @@ def _open_table(fd: int, path: Path, layout: Layout) -> Table:
     if alone:
         start = os.pread(fd, 4096, 0)
         if any(start) and start[:8] != MAGIC.to_bytes(8, sys.byteorder):
-            raise PermanentBackendError(
-                f"{path} is a file of something else", cure=f"name another file in `path`, or remove {path}"
-            )
+            raise _foreign(path)
         # Space now, or an error: without it the first write to a page that finds none left is the process's end. And the
         # file is never cut, as somebody's mapping may still reach as far as it does.
         os.posix_fallocate(fd, 0, layout.size)
@@ -124,6 +131,29 @@ def _open_table(fd: int, path: Path, layout: Layout) -> Table:
     at = layout.processes_word + 4 * number
     words[at], words[at + 1] = os.getpid(), monotonic_ns()
     return table
+
+
+def look_into(fd: int, path: Path, layout: Layout) -> Table | None:
+    """The table in the file that is open and locked as `fd`, for one who is none of its processes. None where the next one to
+    open it would wipe it. Raises: BackendError."""
+    found = os.fstat(fd)
+    start = os.pread(fd, 8 * (Header.BOOT + 1), 0)
+    if not any(start) or found.st_size < len(start):
+        return None
+    words = memoryview(start).cast("Q")
+    if words[Header.MAGIC] != MAGIC:
+        raise _foreign(path)
+    try:
+        alone = not any_alive(fd, 0, PROCESSES)
+        if (words[Header.VERSION], words[Header.CELLS]) != (VERSION, layout.cells) or found.st_size < layout.size:
+            if alone:
+                return None
+            raise _other_layout(path, layout)
+        if alone and (not words[Header.BOOT] or words[Header.BOOT] != _boot()):
+            return None
+        return Table(fd, _map(path, found, layout.size), layout, VISITOR, (found.st_dev, found.st_ino))
+    except OSError as error:
+        raise _classed(error, path) from error
 
 
 def _boot() -> int:
@@ -183,6 +213,12 @@ def _file_system(device: int) -> str:
 def _unsafe(path: Path, why: str) -> PermanentBackendError:
     return PermanentBackendError(
         f"{path} is not safe to use: {why}", cure=f"remove {path}, or name another file in `path` of its OPTIONS"
+    )
+
+
+def _foreign(path: Path) -> PermanentBackendError:
+    return PermanentBackendError(
+        f"{path} is a file of something else", cure=f"name another file in `path`, or remove {path}"
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
@@ -16,6 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import Full, Slot, Taken, TakeReply
 from ..base import BackendConfig, BaseBackend, Holder, Restore, age_of, check_message, has_host, worker_suffix
+from . import noted, people
 from .access import Access, Inside
 from .layout import (
     DEFAULT_CELLS,
@@ -35,7 +36,11 @@ from .layout import (
     semaphore,
 )
 from .opening import default_path, vet_file_system
-from .table import HolderName, Place, Table, TableFull, Wanted
+from .table import VISITOR, HolderName, Place, Table, TableFull, Wanted
+from .visiting import visit
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 #: One holder of one semaphore: token, policy, digest.
 Known = tuple[str, str, bytes]
@@ -69,7 +74,8 @@ class HostBackend(BaseBackend):
         self._known: dict[Known, Place] = {}
         #: So many known ones are looked through when more are handed over.
         self._tidy_from = TIDY_FROM
-        self._access = Access(self._where, Layout(slots), self._saved, self._moved)
+        self._layout = Layout(slots)
+        self._access = Access(self._where, self._layout, self._saved, self._moved)
         _stores.add(self)
 
     def _forget(self) -> None:
@@ -102,14 +108,30 @@ class HostBackend(BaseBackend):
         return self._access.call(self._restore, holders)
 
     def evict(self, token: str) -> bool:
-        return self._access.call(lambda table, token, now: table.evict(token) > 0, token)
+        return bool(self._visit(lambda table, token, now: table.evict(token), token))
 
     def snapshot(self) -> Sequence[Holder]:
-        def holders(table: Table, _: None, now: int) -> list[Holder]:
-            table.sweep(now, force=True)
-            return table.holders(now)
+        def copied_by_one_of_us(table: Table, _: None, now: int) -> people.Copy:
+            if table.number != VISITOR:
+                table.sweep(now, force=True)
+            return people.copy(table, _, now)
 
-        return self._access.call(holders, None)
+        copied = self._visit(copied_by_one_of_us, None)
+        return [] if copied is None else people.holders(copied)
+
+    def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
+        names = [semaphore(*slot.semaphore) for slot in slots]
+        counts = self._visit(people.counts, names) or {}
+        return [counts.get(name, 0) for name in names]
+
+    def note(self, peaks: Mapping[str, int]) -> None:
+        self._access.call(noted.note, peaks)
+
+    def peaks(self) -> Mapping[str, int]:
+        return self._visit(noted.peaks, None) or {}
+
+    def reset_peaks(self) -> None:
+        self._visit(noted.reset, None)
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return await self._access.acall(self._take, slots)
@@ -144,6 +166,12 @@ class HostBackend(BaseBackend):
     def close(self) -> None:
         """Let go of the file. What is still held here ends as if the process had died."""
         self._forget()
+
+    def _visit(self, work: Callable[[Table, A, int], R], argument: A) -> R | None:
+        """For people, whose process need not be one of the table's. None: nothing is there."""
+        if self._access.takes_part:
+            return self._access.call(work, argument)
+        return visit(self._where(), self._layout, work, argument)
 
     def _where(self) -> Path:
         return self._given_path or default_path(self.config.key_prefix)

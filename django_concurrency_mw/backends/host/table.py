@@ -15,7 +15,6 @@ from typing import Final, TypeVar
 
 from ...exceptions import BackendError
 from ...outcomes import Slot
-from ..base import Holder
 from .layout import (
     CELL,
     EVICTED,
@@ -37,6 +36,8 @@ from .layout import (
 )
 from .locking import any_alive
 
+#: The number of one who is none of the table's processes, and owns nothing.
+VISITOR: Final = -1
 #: A refusal looks for the lapsed and the dead at most this often, by all processes together (ns).
 SWEEP_EVERY: Final = 20_000_000
 
@@ -125,19 +126,24 @@ class Table:
         at = self.layout.cells_at + place[0] * CELL.size
         return self.map[at : at + CELL.size]
 
-    def holders(self, now: int) -> list[Holder]:
-        """Who holds what."""
-        found = []
-        for cell in self._used():
-            at = self._cells + cell * Cell.WORDS
-            since, expires = self.words[at + Cell.SINCE], self.words[at + Cell.EXPIRES]
-            if self.map[self.states_at + cell] == HELD and expires > now:
-                policy, key, token, path = unpack_text(self.map, self.layout.cells_at + cell * CELL.size)
-                owner, cost = self.words[at + Cell.OWNER] >> 32, self.words[at + Cell.OWNER] & WEIGHT_MASK
-                pid = None if owner == NOBODY else self.words[self.layout.processes_word + 4 * owner]
-                age, left = (now - since) / 1e9, (expires - now) / 1e9
-                found.append(Holder(policy, key, token, age, left, path, pid, cost))
-        return found
+    def living(self, now: int, semaphores: Collection[int] | None = None) -> list[int]:
+        """The cells that are held, by leases and processes that have not ended; of all semaphores, or of those whose names
+        begin with one of these words."""
+        start, end = self._cells, self._cells + self.words[Header.HIGH] * Cell.WORDS
+        used = self._used()
+        if semaphores is not None:
+            starts = self.words[start : end : Cell.WORDS].tolist()
+            used = [cell for cell in used if starts[cell] in semaphores]
+        owners = [owner >> 32 for owner in self.words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
+        ends = self.words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
+        held = [cell for cell in used if self.map[self.states_at + cell] == HELD and ends[cell] > now]
+        dead = self._dead({owners[cell] for cell in held})
+        return [cell for cell in held if owners[cell] not in dead]
+
+    def _dead(self, numbers: Collection[int]) -> set[int]:
+        """Which of these owners are processes that have ended."""
+        others = set(numbers) - {self.number, NOBODY}
+        return {number for number in others if not any_alive(self.fd, number)}
 
     def find(self, wanted: Collection[HolderName], now: int) -> dict[HolderName, Place]:
         """Where these are held, whoever owns them. Looks at every cell in use."""
@@ -295,8 +301,7 @@ class Table:
         start, end = self._cells, self._cells + high * Cell.WORDS
         owners = [owner >> 32 for owner in words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
         ends = words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
-        others = {owners[cell] for cell in used} - {self.number, NOBODY}
-        dead = {number for number in others if not any_alive(self.fd, number)}
+        dead = self._dead({owners[cell] for cell in used})
         gone = [cell for cell in used if ends[cell] <= now or owners[cell] in dead]
         self.drop(gone)
         words[Header.RECLAIMED] += len(gone)

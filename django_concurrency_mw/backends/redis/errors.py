@@ -11,8 +11,8 @@ from .wire import Keys
 
 #: What an ACL user needs; `%s` is the prefix of its keys.
 PERMISSIONS = (
-    "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zscore +zrem +zrangebyscore +zremrangebyscore +zscan "
-    "+scan +pexpire +pttl +time +select +client|info +client|kill"
+    "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zcount +zscore +zrem +zrangebyscore +zremrangebyscore "
+    "+zscan +scan +set +mget +pexpire +pttl +time +select +client|info +client|kill"
 )
 
 

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -20,11 +21,12 @@ from typing import Any, ClassVar
 
 from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ...exceptions import BackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
+from ...tokens import process_id, process_of
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
 from . import wire
 from .connecting import Recipe, server_of
@@ -188,9 +190,45 @@ class RedisBackend(BaseBackend):
                     for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
                         if not wire.is_filler(member):
                             holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
+                known = self._processes(client, {process_of(one.token) for one in holders})
         except Exception as error:
             raise classed(error, self._keys) from error
-        return holders
+        return [wire.with_process(one, known) for one in holders]
+
+    def _processes(self, client: Any, names: Collection[str]) -> dict[str, bytes | None]:
+        """What these processes say of themselves; nothing where the user of LOCATION may not read that."""
+        if not names:
+            return {}
+        try:
+            return dict(zip(names, client.mget([self._keys.process(name) for name in names]), strict=True))
+        except NoPermissionError:
+            return {}
+
+    def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
+        if not slots:
+            return []
+        packed = self._keys.count(slots)
+        reply: list[int] = self._call(packed, (), lambda: packed)
+        return reply
+
+    def note(self, peaks: Mapping[str, int]) -> None:
+        packed = self._keys.note(peaks, process_id(), socket.gethostname(), os.getpid())
+        self._call(packed, (), lambda: packed)
+
+    def peaks(self) -> Mapping[str, int]:
+        try:
+            with self._recipe.client() as client:
+                found = client.zrangebyscore(self._keys.peaks, "-inf", "+inf", withscores=True)
+        except Exception as error:
+            raise classed(error, self._keys) from error
+        return {policy.decode("utf-8", "replace"): int(most) for policy, most in found}
+
+    def reset_peaks(self) -> None:
+        try:
+            with self._recipe.client() as client:  # a command that requests need, too: no more has to be allowed
+                client.zremrangebyscore(self._keys.peaks, "-inf", "+inf")
+        except Exception as error:
+            raise classed(error, self._keys) from error
 
     def count_place(self) -> Hashable:
         return self.server, self.config.key_prefix

@@ -5,18 +5,22 @@ the version of the format. A holder's member has four lines: its token, then for
 clock), the key's text and the path, each cut to a bound. It is complete before the take is sent, as the release has to name it
 whole. The number of members is the count: a holder of cost c says so behind its `since` (`1764103040123x5`), and has c - 1
 members more of two lines, its token and a number from 2 on, which the scripts make and remove with it.
-Names that begin with `!` after the version are reserved, as no policy can be called so: `!evicted`, `!peaks`, `!process`.
+Names that begin with `!` after the version are reserved, as no policy can be called so: `!evicted`, see `evict.lua`; `!peaks`,
+a sorted set of policies with the most that were in flight as score; `!process:` and a process's part of its tokens, a string
+of two lines, its host's name and its pid.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from time import monotonic
 
 from ...outcomes import Full, Slot, Taken, TakeReply
+from ...tokens import process_of
 from ..base import Holder
 from .leftovers import Release
 
@@ -25,6 +29,8 @@ FORMAT = "1"
 TEXT_LIMIT = 120
 #: Parts a member's fields; tokens and numbers have none, and the two texts lose theirs.
 SEPARATOR = b"\n"
+#: Seconds that peaks stay after the last note of any process, and that a process stays after its own.
+PEAKS_FOR, PROCESS_FOR = 30 * 86_400.0, 600.0
 
 
 class Script:
@@ -66,6 +72,8 @@ GIVE = Script("give.lua")
 RESTORE = Script("restore.lua")
 CLAIM = Script("claim.lua")
 EVICT = Script("evict.lua")
+COUNT = Script("count.lua")
+NOTE = Script("note.lua")
 TIME = pack(b"TIME")
 
 
@@ -78,6 +86,7 @@ class Keys:
         self.pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self.prefix) + b"[-A-Za-z0-9_.]*:*"
         #: The tokens of those who were evicted, until their leases would have ended.
         self.tombstones = self.prefix + b"!evicted"
+        self.peaks = self.prefix + b"!peaks"
         self._heads: dict[str, bytes] = {}
 
     def semaphore(self, slot: Slot) -> bytes:
@@ -129,6 +138,22 @@ class Keys:
             arguments.append(b"%b%b%b" % (bulk(b"%d" % milliseconds(new.ttl)), self._names(old)[1], holder))
         return CLAIM.call(keys, arguments, 3 * len(keys), whole=True)
 
+    def count(self, slots: Sequence[Slot]) -> bytes:
+        """The one command that counts on each one's semaphore."""
+        return COUNT.call([self.semaphore(slot) for slot in slots], (), 0, whole=True)
+
+    def note(self, peaks: Mapping[str, int], process: str, host: str, pid: int) -> bytes:
+        """The one command that notes peaks, and who notes them."""
+        arguments = [b"%b\n%d" % (_text(host), pid), b"%d" % milliseconds(PROCESS_FOR), b"%d" % milliseconds(PEAKS_FOR)]
+        for policy, most in peaks.items():
+            arguments += [policy.encode(), b"%d" % most]
+        keys = [bulk(self.peaks), bulk(self.process(process))]
+        return NOTE.call(keys, [bulk(each) for each in arguments], len(arguments), whole=True)
+
+    def process(self, process: str) -> bytes:
+        """The key of a process, by what its tokens begin with."""
+        return b"%b!process:%b" % (self.prefix, process.encode("utf-8", "replace"))
+
     def give(self, slots: Sequence[Slot]) -> list[Release]:
         """One command each, whose reply is an integer, and which is of use until the lease has ended by itself."""
         now = monotonic()
@@ -178,6 +203,14 @@ def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
     counts = tuple([each >> 1 for each in reply])
     full = [slot.block and not has_room for slot, has_room in zip(slots, room, strict=True)]
     return Full(tuple(full), counts) if True in full else Taken(room, counts)
+
+
+def with_process(one: Holder, known: Mapping[str, bytes | None]) -> Holder:
+    """The holder with the host and the pid of its process, if that is among those known."""
+    host, _, pid = (known.get(process_of(one.token)) or b"").partition(SEPARATOR)
+    if not pid.isdigit():
+        return one
+    return replace(one, host=host.decode("utf-8", "replace"), pid=int(pid))
 
 
 def is_filler(stored: bytes) -> bool:

@@ -3,6 +3,8 @@
 -- KEYS   the semaphore, the tombstones
 -- ARGV   the holder, its token
 -- Returns 1 if it was there, else 0.
+--
+-- It works without memory, too: ZREM needs none, and what a script has begun to change a server lets it finish.
 local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if not ends then return 0 end
 local time = redis.call('TIME')
