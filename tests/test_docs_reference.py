@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory
 
+import django_concurrency_mw
 from django_concurrency_mw import concurrency_limit, conf, health, hold, signals
 from django_concurrency_mw.backends import DEFAULT_BACKEND
 from django_concurrency_mw.backends.memory import MemoryBackend
@@ -21,6 +23,7 @@ from django_concurrency_mw.exceptions import ConcurrencyLimitExceeded, Configura
 from django_concurrency_mw.fields import FIELDS
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.loader import load_policies
+from django_concurrency_mw.outcomes import Concurrency, PolicyResult, Reason, Rejection, State
 from django_concurrency_mw.policies import PolicyTable
 
 from .conftest import ROOT
@@ -134,6 +137,35 @@ def test_every_page_has_a_title_and_a_sentence_for_llms_txt() -> None:
     assert lines["stores.md"] == ("Stores", "A store keeps the slots.")
     assert len({sentence for _, sentence in lines.values()}) == len(lines)
     assert all(len(sentence) > 20 and "](" not in sentence for _, sentence in lines.values())
+
+
+def test_the_page_on_what_is_told_names_all_there_is() -> None:
+    page = (DOCS / "answers.md").read_text()
+    kinds = (Concurrency, PolicyResult, Rejection)
+    names = {each.name for kind in kinds for each in fields(kind) if not each.name.startswith("_")}
+    names |= {f"{name}()" for name, value in vars(Concurrency).items() if callable(value) and not name.startswith("_")}
+    names |= {*get_args(Reason), *get_args(State)} - {"queue_full", "wait_timeout"}
+    names |= {name for name, value in vars(django_concurrency_mw).items() if _is_error(value)}
+    assert len(names) >= 25
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def test_the_callback_and_the_view_of_the_page_on_what_is_told(limits: Limits) -> None:
+    names: dict[str, Any] = {}
+    exec(block("answers.md", "python", "def busy"), names)
+    exec(block("answers.md", "python", "def status"), names)
+    limits()
+    request = RequestFactory().get("/")
+    busy = concurrency_limit(name="none", key="global", max_concurrent=0, response_callback=names["busy"])(
+        names["status"]
+    )
+    assert json.loads(busy(request).content) == {"busy": "none", "limit": 0}
+    status = concurrency_limit(name="some", key="global", max_concurrent=1)(names["status"])
+    assert status(RequestFactory().get("/")).content.decode() == "limited: True, [('some', 'global', 'held')]"
 
 
 def test_the_file_of_the_page_on_policies_is_good_and_its_mistake_is_named_so(
