@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-redis test chaos test-all check clean
+.PHONY: help demo demo-redis test chaos test-all check docs schema clean
 
 help:
 	@echo "make demo        start the example site under real servers, send bursts, see the caps hold"
@@ -13,7 +13,9 @@ help:
 	@echo "make test        run the test suite"
 	@echo "make chaos       all of the chaos suite, of which make test runs a part (ten minutes)"
 	@echo "make test-all    run it on every supported Python and Django, and with every redis-py (half an hour)"
-	@echo "make check       ruff, mypy, import-linter"
+	@echo "make check       ruff, mypy, import-linter, and the docs"
+	@echo "make docs        build the docs into docs/_build/html; a wrong reference is an error"
+	@echo "make schema      write anew what is made from the table of policy fields"
 	@echo "make clean       remove what these made, the virtual environments included"
 
 demo: $(VENV)/.demo-stamp
@@ -38,6 +40,15 @@ check: $(VENV)/.dev-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: $(VENV)/.dev-stamp
+	$(BIN)/sphinx-build -W -n -q -j auto -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+schema: $(VENV)/.dev-stamp
+	@$(BIN)/python -m django_concurrency_mw.schema > django_concurrency_mw/policies.schema.json
+	@$(BIN)/python docs/generate.py
 
 $(VENV)/.demo-stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing what the demo needs into $(VENV)"
@@ -57,6 +68,6 @@ $(BIN)/python:
 		|| { rm -rf $(VENV); echo "The venv module is needed (Debian: apt install python3-venv)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f example_project/db.sqlite3
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

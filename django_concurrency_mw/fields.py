@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
-from .keyspec import is_dotted_path, parse_key
+from .keyspec import PREFIXES, WORDS, is_dotted_path, parse_key
 from .policies import Policy
 
 Path = tuple[str | int, ...]
@@ -28,7 +28,7 @@ DEFAULT_MAX_AGE = 3600.0
 LARGEST_LIMIT = 1_000_000_000
 LARGEST_COST = 1000
 
-_POLICY_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+POLICY_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _DURATION = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 _METHOD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -146,7 +146,7 @@ def _contradictions(values: Mapping[str, Any], given: Collection[str]) -> Iterat
     """What cannot stand beside `block: false`, where one of the two was given here; at the one to remove."""
     if values.get("block") is not False:
         return
-    for name, refused in _NOT_IN_SHADOW.items():
+    for name, refused in NOT_IN_SHADOW.items():
         at = next((field for field in (name, "block") if field in given), None)
         if at is not None and refused(values.get(name)):
             yield Finding(
@@ -177,7 +177,7 @@ def check_policy(raw: Mapping[Any, object], defaults: Checked) -> tuple[dict[str
 
 def check_name(name: object) -> str:
     """The name of a policy. Raises: FieldError."""
-    if not isinstance(name, str) or not _POLICY_NAME.fullmatch(name):
+    if not isinstance(name, str) or not POLICY_NAME.fullmatch(name):
         cure = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(name))[:60].strip("-") or "exports"
         raise FieldError(
             f"the name of a policy is letters, digits, '_', '.' and '-', such as {cure!r}; got {shown(name)}"
@@ -468,14 +468,20 @@ def _alternatives(words: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+def _texts(pattern: str) -> Mapping[str, Any]:
+    return {"type": "array", "items": {"type": "string", "pattern": pattern}, "minItems": 1}
+
+
 _DOTTED = {"type": "string", "pattern": r"^[^\W\d]\w*(\.[^\W\d]\w*)+$"}
+_DURATION_TEXT = {"type": "string", "pattern": f"^{_DURATION.pattern}$"}
 _LENGTH = {
     "anyOf": [
-        {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST},
-        {"type": "string", "pattern": f"^{_DURATION.pattern}$"},
+        {"type": "number", "minimum": SHORTEST, "maximum": LONGEST},
+        {"type": "string", "pattern": f"^(?=.*[1-9]){_DURATION.pattern}$"},
     ]
 }
+#: No spaces around it.
+_VIEW_NAMES = _texts(r"^\S(.*\S)?$")
 _BOOLEAN = {"type": "boolean"}
 _COUNT = {"type": "integer", "minimum": 0, "maximum": LARGEST_LIMIT}
 _NULL = {"type": "null"}
@@ -488,7 +494,7 @@ _ROWS = (
         _patterns,
         "The views this policy is for: a list of `fnmatch` patterns over the view name; `*` crosses "
         "`:`. Without it: only for `policy=`.",
-        _TEXTS,
+        _VIEW_NAMES,
         default=(),
         decorator=False,
     ),
@@ -496,7 +502,7 @@ _ROWS = (
         "exclude",
         _patterns,
         "Patterns of views that `url_names` matches but that are left alone.",
-        _TEXTS,
+        _VIEW_NAMES,
         default=(),
         decorator=False,
     ),
@@ -504,7 +510,7 @@ _ROWS = (
         "methods",
         _methods,
         "The HTTP methods this policy is for; `GET` implies `HEAD`. Default: all.",
-        _TEXTS,
+        _texts(f"^{_METHOD.pattern}$"),
     ),
     Field(
         "when",
@@ -516,14 +522,14 @@ _ROWS = (
         "except_ips",
         _list_of("networks", '["10.0.0.0/8"]', _network),
         "Networks that are neither counted nor limited.",
-        _TEXTS,
+        _texts(r"^[0-9A-Fa-f:.]+(/[0-9.]+)?$"),
         default=(),
     ),
     Field(
         "except_users",
         _list_of("primary keys", "[1, 7]", _user_pk),
         "Users, by primary key, that are neither counted nor limited.",
-        {"type": "array", "items": {"type": ["integer", "string"]}, "minItems": 1},
+        {"type": "array", "items": {"type": ["integer", "string"], "minLength": 1}, "minItems": 1},
         default=(),
     ),
     Field(
@@ -531,7 +537,14 @@ _ROWS = (
         _key,
         "What is counted by: `ip`, `user`, `session`, `global`, `header:NAME`, `get:NAME`, a "
         "template, or a dotted path.",
-        {"type": "string", "minLength": 1},
+        {
+            "anyOf": [
+                {"enum": list(WORDS)},
+                {"type": "string", "pattern": f"^({'|'.join(PREFIXES)}):.*\\S"},
+                {"type": "string", "pattern": r"\{[^{}]+\}"},
+                _DOTTED,
+            ]
+        },
         required=True,
     ),
     Field(
@@ -553,7 +566,7 @@ _ROWS = (
         "per_key",
         _per_key,
         "Resolved keys with a limit of their own; null: counted, never full.",
-        {"type": "object", "additionalProperties": {"anyOf": [_COUNT, _NULL]}},
+        {"type": "object", "additionalProperties": {"anyOf": [_COUNT, _NULL]}, "minProperties": 1},
     ),
     Field(
         "cost",
@@ -588,7 +601,7 @@ _ROWS = (
         "wait",
         check_duration,
         "Seconds to wait for a slot before rejecting.",
-        {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST}, _LENGTH["anyOf"][1]]},
+        {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST}, _DURATION_TEXT]},
         default=0.0,
         later=True,
     ),
@@ -604,7 +617,7 @@ _ROWS = (
         "backend",
         _backend,
         "Which of `BACKENDS` keeps the slots.",
-        {"type": "string", "minLength": 1},
+        {"type": "string", "pattern": r"\S"},
         default="default",
     ),
     Field(
@@ -640,7 +653,7 @@ DECORATOR_FIELDS: Mapping[str, Field] = {
 _EXAMPLES = {"key": "such as key: user", "max_concurrent": "such as max_concurrent: 5"}
 
 #: What cannot stand beside `block: false`, by field.
-_NOT_IN_SHADOW: Mapping[str, Callable[[Any], bool]] = {
+NOT_IN_SHADOW: Mapping[str, Callable[[Any], bool]] = {
     "wait": bool,
     "missing": lambda value: value == "reject",
     "on_backend_error": lambda value: value == "deny",

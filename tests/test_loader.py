@@ -181,9 +181,8 @@ def test_a_wrong_value_that_policies_share_is_reported_once_where_it_stands() ->
     assert line.startswith("policies.yaml:1:15: policies.p0.ttl: ")
 
 
-def test_a_good_file_makes_a_table_in_its_order() -> None:
-    table = load_policies(
-        write("""\
+#: Much of what a file can say.
+RICH = """\
 version: 1
 x-slow: &slow {ttl: 2m, max_age: 10m}
 x-more: &more {ttl: 7, missing: skip}
@@ -198,8 +197,11 @@ policies:
     block: True
   on: {key: ip, max_concurrent: 2, <<: *more, backend: 'yes'}
   long: {key: shop.limits.team, max_concurrent: 1, ttl: 2h, response_callback: null}
-""")
-    )
+"""
+
+
+def test_a_good_file_makes_a_table_in_its_order() -> None:
+    table = load_policies(write(RICH))
     first, second, third = table
     assert (first.name, first.ttl, first.max_age, first.missing) == ("report-exports", 120.0, 600.0, "skip")
     assert (first.status, first.url_names, first.methods) == (503, ("reports:*", "!x"), {"GET", "HEAD"})
