@@ -94,7 +94,7 @@ def uses(policies: Iterable[Policy], store_of: Callable[[Policy], BaseBackend]) 
         for holder in holders:
             if holder.policy == policy.name:
                 by_key[holder.key] = by_key.get(holder.key, 0) + holder.cost
-        found.append(_use(policy, by_key, peaks.get(policy.name)))
+        found.append(_use(policy, by_key, peaks.get(store.peak_name(policy.name))))
     return found
 
 

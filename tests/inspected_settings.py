@@ -29,7 +29,14 @@ CONCURRENCY_LIMIT: dict[str, Any] = {
                 "ttl": 30,
             },
             "everything": {"url_names": ["export*", "report"], "key": "global", "max_concurrent": 4},
-            "watch": {"url_names": ["*"], "key": "ip", "max_concurrent": 2, "block": False},
+            "jobs": {"url_names": ["job*"], "key": "header:X-Tenant", "max_concurrent": 3},
+            "all-jobs": {"url_names": ["job*"], "key": "global", "max_concurrent": 4},
+            "watch": {
+                "url_names": ["export*", "report", "decorated"],
+                "key": "ip",
+                "max_concurrent": 2,
+                "block": False,
+            },
             "by-name": {"key": "global", "max_concurrent": 1},
         }
     },

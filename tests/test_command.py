@@ -186,6 +186,13 @@ class TestPolicies:
         assert re.search(r"No policy covers: told,", text), text
         assert "counts in each process" in text
 
+    def test_the_peak_of_a_long_name(self, limits: Limits, backend: dict[str, Any]) -> None:
+        """A store may cut it."""
+        name = "a" * 150
+        limits(table(**{name: {}}), BACKENDS={"default": backend})
+        get_backend("default", conf.current().backends).note({name: 4})
+        assert document("policies")[1]["policies"][0]["peak"] == 4
+
     def test_reset_peak(self, limits: Limits, backend: dict[str, Any]) -> None:
         limits(table(a={}), BACKENDS={"default": backend})
         store = get_backend("default", conf.current().backends)

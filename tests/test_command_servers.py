@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import socket
@@ -17,7 +18,12 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from django.core.management import call_command
+from django.test import override_settings
 
+from django_concurrency_mw.keys import masked
+
+from . import inspected_settings
 from .redis_server import RedisServer
 from .servers import ROOT, free_port, gunicorn, running, uvicorn
 from .support import wait_until
@@ -34,6 +40,7 @@ class Site:
     path: str
     barrier: Path
     environment: dict[str, str]
+    backend: dict[str, Any]
     answers: list[tuple[int, Any]] = field(default_factory=list)
     threads: list[threading.Thread] = field(default_factory=list)
 
@@ -57,19 +64,25 @@ class Site:
         for thread in self.threads:
             thread.join(10)
 
-    def command(self, *arguments: str, given: str = "") -> tuple[int, Any]:
-        """Exit code and JSON document."""
-        done = subprocess.run(
-            [sys.executable, "-m", "django", "concurrency", *arguments, "--json"],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            input=given,
-            timeout=30,
-        )
-        assert done.returncode in (0, 1), done.stderr
-        return done.returncode, json.loads(done.stdout)
+    def command(self, *arguments: str) -> tuple[int, Any]:
+        """Exit code and JSON document, asked from this process."""
+        stream = io.StringIO()
+        names = ("CONCURRENCY_LIMIT", "ROOT_URLCONF", "MIDDLEWARE")
+        limits = {**inspected_settings.CONCURRENCY_LIMIT, "BACKENDS": {"default": self.backend}}
+        with override_settings(
+            **{name: getattr(inspected_settings, name) for name in names} | {"CONCURRENCY_LIMIT": limits}
+        ):
+            try:
+                call_command("concurrency", *arguments, "--json", stdout=stream)
+            except SystemExit as end:
+                return int(end.code or 0), json.loads(stream.getvalue())
+        return 0, json.loads(stream.getvalue())
+
+    def program(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and output of the command as a program of its own."""
+        command = [sys.executable, "-m", "django", "concurrency", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=30)
+        return done.returncode, done.stdout + done.stderr
 
     def held(self, number: int) -> list[dict[str, Any]]:
         """Wait until so many slots are held, by the command's own word."""
@@ -94,28 +107,37 @@ def site(server: str, backend: dict[str, Any], folder: Path) -> Iterator[Site]:
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.inspected_settings",
         "PYTHONPATH": str(ROOT),
+        "COLUMNS": "200",
         "INSPECTED_BACKEND": json.dumps(backend),
         "INSPECTED_BARRIER": str(barrier),
     }
     with running(command, port, folder / "log", environment):
-        one = Site(port, path, barrier, environment)
-        try:
-            yield one
-        finally:
-            one.open()
+        yield Site(port, path, barrier, environment, backend)
 
 
-@pytest.fixture(params=["gthread-redis", "uvicorn-redis", "gthread-host"])
-def live(request: pytest.FixtureRequest, tmp_path: Path, prefix: str) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=["gthread-redis", "uvicorn-redis", "gthread-host"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("inspected")
     server, _, store = request.param.partition("-")
-    backend: dict[str, Any] = {"BACKEND": store, "KEY_PREFIX": prefix}
+    backend: dict[str, Any] = {"BACKEND": store, "KEY_PREFIX": f"inspected-{os.getpid()}-{request.param}"}
     if store == "redis":
         redis: RedisServer = request.getfixturevalue("redis_server")
         backend |= {"LOCATION": redis.url, "OPTIONS": {"socket_timeout": 2}}
     else:
-        backend["OPTIONS"] = {"path": str(tmp_path / "table"), "slots": 256}
-    with site(server, backend, tmp_path) as one:
+        backend["OPTIONS"] = {"path": str(folder / "table"), "slots": 256}
+    with site(server, backend, folder) as one:
         yield one
+
+
+@pytest.fixture
+def live(served: Site) -> Iterator[Site]:
+    """With the barrier closed and nobody inside."""
+    served.barrier.unlink(missing_ok=True)
+    served.answers.clear()
+    served.threads.clear()
+    yield served
+    served.open()
+    served.held(0)
 
 
 def states(document: dict[str, Any]) -> list[tuple[str, int, str]]:
@@ -130,7 +152,8 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     for _ in range(HELD):
         live.hold(live.path, "acme")
     rows = live.held(3 * HELD - 1)  # the third one of an address is over the shadow policy's limit
-    longest = monotonic() - began
+    assert wait_until(lambda: all(row["pid"] for row in live.held(len(rows))), 15), "each process says who it is"
+    rows, longest = live.held(len(rows)), monotonic() - began
 
     # Who holds: all that the site knows of it.
     assert sorted(row["policy"] for row in rows) == ["everything"] * 3 + ["exports"] * 3 + ["watch"] * 2
@@ -156,6 +179,12 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     told = [(name, count - (state == "held"), state) for name, _, state, count, _ in answer["policies"]]
     assert states(other) == told == [("exports", 0, "held"), ("everything", 3, "held"), ("watch", 2, "over")]
 
+    code, text = live.program("explain", live.path, "--header", "X-Tenant: acme")
+    assert code == 1
+    assert "Now: 429 full (exports), Retry-After of 1 to 5 seconds." in text
+    code, text = live.program("holders", "--policy", "exports")
+    assert (code, text.count(live.path)) == (0, 3)
+
     # Evicted while it is full: its slots are free, the request runs on.
     token = next(row["token"] for row in rows if row["policy"] == "watch")
     assert live.command("holders", "--evict", token, "--yes") == (
@@ -169,22 +198,18 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     live.open()
     assert [status for status, _ in live.answers] == [200] * HELD
     assert live.held(0) == []
-    assert live.command("holders")[0] == 1
+    assert live.program("holders") == (1, "Nobody holds a slot.\n")
 
 
 def test_the_table_as_it_is_used(live: Site) -> None:
     for tenant in ("acme", "acme", "acme", "other"):
-        live.hold(live.path, tenant)
-    live.held(4 + 4 + 2)
-    assert wait_until(lambda: used(live)["exports"]["peak"] == 3, 15)
+        live.hold(live.path.replace("export/7", "job"), tenant)
+    live.held(4 + 4)
+    assert wait_until(lambda: used(live)["jobs"]["peak"] == 3, 15)
     found = used(live)
-    assert [found["exports"][name] for name in ("limit", "in_flight", "keys", "busiest")] == [3, 4, 2, 3]
-    assert len(found["exports"]["at_limit"]) == 1
-    assert [found["everything"][name] for name in ("limit", "in_flight", "at_limit")] == [
-        4,
-        4,
-        ["gl~" + found["everything"]["at_limit"][0][3:]],
-    ]
+    assert [found["jobs"][name] for name in ("limit", "in_flight", "keys", "busiest")] == [3, 4, 2, 3]
+    assert len(found["jobs"]["at_limit"]) == 1
+    assert [found["all-jobs"][name] for name in ("limit", "in_flight", "at_limit")] == [4, 4, [masked("global")]]
     assert (found["own"]["limit"], found["own"]["in_flight"], found["own"]["peak"]) == (1, 0, None)
     assert live.ask("/decorated/")[0] == 200
     live.open()
@@ -192,9 +217,9 @@ def test_the_table_as_it_is_used(live: Site) -> None:
     assert wait_until(lambda: used(live)["own"]["peak"] == 1, 15), (
         "the keeper notes it, though nothing is held any more"
     )
-    assert used(live)["everything"]["peak"] == 4
+    assert wait_until(lambda: used(live)["all-jobs"]["peak"] == 4, 15)
     assert live.command("policies", "--reset-peak")[1]["peaks_reset"]
-    assert wait_until(lambda: used(live)["everything"]["peak"] in (None, 0), 15)
+    assert used(live)["all-jobs"]["peak"] is None
 
 
 def used(live: Site) -> dict[str, dict[str, Any]]:

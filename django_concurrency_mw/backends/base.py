@@ -207,6 +207,10 @@ class BaseBackend(ABC):
         """Policy -> the most in flight on one of its keys since `reset_peaks`, by the notes of all processes."""
         return {}
 
+    def peak_name(self, policy: str) -> str:
+        """Under which name `peaks` has this policy, where a long one is cut."""
+        return policy
+
     def reset_peaks(self) -> None:  # noqa: B027  # nothing to do where there are none
         """Forget the peaks."""
 

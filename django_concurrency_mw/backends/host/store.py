@@ -31,6 +31,7 @@ from .layout import (
     fitted,
     is_nobodys,
     named,
+    peak_name,
     readable,
     rounded,
     semaphore,
@@ -129,6 +130,9 @@ class HostBackend(BaseBackend):
 
     def peaks(self) -> Mapping[str, int]:
         return self._visit(noted.peaks, None) or {}
+
+    def peak_name(self, policy: str) -> str:
+        return readable(peak_name(policy)[2])
 
     def reset_peaks(self) -> None:
         self._visit(noted.reset, None)
