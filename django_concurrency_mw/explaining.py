@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
 
 #: Where a policy is taken.
-MIDDLEWARE, THROTTLE, DECORATOR = "the middleware", "the view's throttle", "a decorator"
+MIDDLEWARE, THROTTLE, DECORATOR = "middleware", "throttle", "decorator"
 
 
 @dataclass(frozen=True, slots=True)

@@ -350,7 +350,7 @@ class TestExplain:
             code, text = command("explain", "/told/")
         assert code == 1
         assert "GET /told/ is told" in text
-        assert re.search(r"^ *a +the middleware +global +1 +1 +1 +rejects: full ", text, re.MULTILINE), text
+        assert re.search(r"^ *a +middleware +global +1 +1 +1 +rejects: full ", text, re.MULTILINE), text
         for policy, reason in {
             "b": "url_names: none of report-* is told",
             "c": "methods: POST only",

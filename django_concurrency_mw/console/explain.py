@@ -118,7 +118,7 @@ def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
     applied = [one for one in found.findings if not one.why_not]
     if applied:
         out.table(
-            ["policy", "taken by", "key", ">in flight", ">limit", ">cost", "outcome", "written in"],
+            ["policy", "taken by", "key", ">in flight", ">limit", ">cost", "outcome", "=written in"],
             [
                 [
                     one.policy.name,
@@ -138,7 +138,7 @@ def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
     others = [one for one in found.findings if one.why_not]
     if others:
         out.table(
-            ["does not apply", "because of", "written in"],
+            ["does not apply", "because of", "=written in"],
             [[one.policy.name, one.why_not, near(one.policy.place)] for one in others],
         )
     for note in found.notes:
@@ -158,7 +158,7 @@ def _outcome(one: Finding, found: Explanation) -> str:
     refusal = found.rejection
     if refusal is not None and one.policy.name in refusal.violated:
         return f"rejects: {refusal.reason}"
-    return _OUTCOMES.get(one.state or "", "not asked") if refusal is None else "not asked, or given back"
+    return _OUTCOMES.get(one.state or "", "not asked") if refusal is None else "not taken"
 
 
 _OUTCOMES = {

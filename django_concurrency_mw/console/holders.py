@@ -23,7 +23,7 @@ from .output import Output, table
 
 HELP = "who holds which slots since when, and --evict; exit code 1 if nobody does, or nobody was evicted"
 
-COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "token", "marks")
+COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "=token", "marks")
 
 
 def add_arguments(parser: CommandParser) -> None:

@@ -32,7 +32,7 @@ class Output:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table for people. A column whose name begins with `>` is aligned to the right."""
+        """A table for people. A column whose name begins with `>` is aligned to the right, one with `=` is never broken."""
         self.console.print(table(columns, rows, title))
 
 
@@ -44,7 +44,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
 
     made = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        justify: Any = "right" if name.startswith(">") else "left"
+        made.add_column(name.lstrip(">="), justify=justify, overflow="fold", no_wrap=name.startswith("="))
     for row in rows:
         made.add_row(*map(Text, row))
     return made

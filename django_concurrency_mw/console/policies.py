@@ -98,7 +98,7 @@ def _tell_uses(used: Sequence[Use], options: Mapping[str, Any], out: Output) -> 
         out.line("There is no policy.")
         return
     out.table(
-        ("policy", ">limit", ">in flight", ">keys", ">busiest key", ">peak", "at their limit", "written in"),
+        ("policy", ">limit", ">in flight", ">keys", ">busiest key", ">peak", "at their limit", "=written in"),
         [
             (
                 one.policy.name + ("" if one.policy.block else " (shadow)"),
