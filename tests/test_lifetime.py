@@ -418,7 +418,7 @@ def test_a_loop_that_ends_right_after_the_cancel_leaves_nothing(limits: Limits) 
 
     run_async(main)
     in_the_view.set()
-    assert wait_until(nothing_held, 2)
+    assert wait_until(nothing_held)
 
 
 def test_a_rejection_further_in_leaves_what_is_held_further_out(limits: Limits) -> None:
