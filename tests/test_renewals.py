@@ -606,7 +606,7 @@ class TestOnRedis:
 
     def test_old_tombstones_go_when_a_new_one_comes(self, redis: RedisBackend, redis_server: RedisServer) -> None:
         client = redis_server.client()
-        slots = [Slot("p", make_key("k"), 50, 0.05 if number < 9 else 30.0, new_token()) for number in range(10)]
+        slots = [Slot("p", make_key("k"), 50, 0.5 if number < 9 else 30.0, new_token()) for number in range(10)]
         for slot in slots:
             redis.take([slot])
             redis.evict(slot.token)
@@ -657,7 +657,7 @@ def _scores(redis: RedisBackend, server: RedisServer) -> list[float]:
 
 def test_tombstones_in_memory_go_when_a_new_one_comes() -> None:
     store = MemoryBackend(BackendConfig("default", "memory"))
-    slots = [Slot("p", make_key("k"), 50, 0.05, new_token()) for _ in range(10)]
+    slots = [Slot("p", make_key("k"), 50, 0.3, new_token()) for _ in range(10)]
     for slot in slots:
         store.take([slot])
         assert store.evict(slot.token)
@@ -783,7 +783,7 @@ def test_three_thousand_requests_that_end_around_their_renewal(
     The leases are long, as a slot that is left behind must not be hidden by its end; their renewals are due as if they
     were of 0.3 s.
     """
-    ttl, requests, at_once = 60.0, 3000, 32
+    ttl, requests, at_once = 60.0, 3000, 56
     monkeypatch.setattr(held_module, "RENEW_AFTER", 0.1 / ttl)
     monkeypatch.setattr(renewals, "EARLY", 0.01 / ttl)
     prefix = f"race-{next(_numbers)}"

@@ -23,9 +23,9 @@ TTL = 1.0
 TASK = """
 import sys, django
 django.setup()
-from django_concurrency_mw import SlotLost, hold
-from django_concurrency_mw.backends import snapshot_all
-snapshot_all()  # the store is there, and what it needs is imported
+from django_concurrency_mw import SlotLost, conf, hold
+from django_concurrency_mw.backends import get_backend
+get_backend("default", conf.current().backends).snapshot()  # it is connected, and what it needs is imported
 print("ready", flush=True)
 try:
     with hold(sys.stdin.readline().strip()) as held:
