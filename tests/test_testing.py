@@ -531,7 +531,7 @@ HERE = Path(__file__).parent
 
 def meet(me, other, word):
     (HERE / f"{word}-{me}").write_text(str(os.getpid()))
-    end = monotonic() + 20
+    end = monotonic() + 60
     while not (HERE / f"{word}-{other}").exists() or not (HERE / f"{word}-{other}").read_text():
         assert monotonic() < end, "the other one did not come"
         sleep(0.01)
@@ -565,10 +565,16 @@ def test_two_workers_of_pytest_xdist_fill_the_same_policy(project: Path, run_pyt
     (project / "test_both.py").write_text(
         "from meeting import fill\ndef test_a(): fill('a', 'b')\ndef test_b(): fill('b', 'a')\n"
     )
+    # Whatever other plug-ins are installed, all three processes would have to import them.
+    plugins = ("-p", "xdist.plugin", "-p", "pytest_django.plugin", "-p", "no:cacheprovider")
     result = run_python(
-        *("-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--rootdir", project, project),
+        *("-m", "pytest", "-q", "-n", "2", *plugins, "--rootdir", project, project),
         cwd=project,
-        env={"PYTHONPATH": f"{root}{os.pathsep}{project}", "DJANGO_SETTINGS_MODULE": "parallel_settings"},
+        env={
+            "PYTHONPATH": f"{root}{os.pathsep}{project}",
+            "DJANGO_SETTINGS_MODULE": "parallel_settings",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
     )
     succeeded(result, "2 passed")
 

@@ -61,7 +61,7 @@ def test_long_holders_are_counted_again_after_a_flush(server: str, redis_server:
             rejected += 1
             threading.Event().wait(0.02)
         assert rejected >= 20
-        assert "had lost" in site.text()
+        assert wait_until(lambda: "had lost" in site.text())
         assert wait_until(lambda: site.held() == 0)
 
 
@@ -174,7 +174,7 @@ def test_an_evicted_holder_that_still_runs_never_comes_back(
             assert wait_until(lambda: site.status() == 200)
         assert holder.token not in tokens
         assert wait_until(lambda: site.held() == 0)
-        assert "its slot is lost" in site.text()
+        assert wait_until(lambda: "its slot is lost" in site.text())
         operator.close()
 
 

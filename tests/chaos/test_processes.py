@@ -85,7 +85,7 @@ def test_workers_that_are_replaced_leave_nothing(server: str, redis_server: Redi
     with chaos_site(name, redis_server, tmp_path, *more, ttl=600) as site:
         statuses: Counter[int] = Counter()
         for _ in range(60):
-            statuses += crowd(site.port, f"{site.view}?for=5", 16, 1.0 if LONG else 0.5)
+            statuses += crowd(site.port, f"{site.view}?for=5", *((16, 1.0) if LONG else (8, 0.5)))
             if statuses[200] >= 100 and site.text().count("Booting worker") > 5:
                 break
         print(f"{server}: {statuses}")
