@@ -397,7 +397,7 @@ class TestHandOver:
             assert held() == [(policy, "user:42")]
             lasts = [one.last for lease in keeper.live() if isinstance(lease, Lease) for one in lease.holdings()]
             (last,) = lasts
-            # Between the two processes' clocks lies the wall clock, which is read in other moments.
+            # A token tells the end by the wall clock, which is read at another moment.
             assert began + ends - 0.05 < last < taken + ends + 0.05
             assert wait_until(lambda: held() == [])
             assert began + ends - 0.05 < monotonic() < claimed + ends, "as it would be had it begun again"
