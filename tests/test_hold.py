@@ -399,6 +399,8 @@ class TestHandOver:
             (last,) = lasts
             # A token tells the end by the wall clock, which is read at another moment.
             assert began + ends - 0.05 < last < taken + ends + 0.05
+            now = monotonic()
+            assert all(now + holder.lease_left < taken + ends + 0.05 for holder in held.store.snapshot())
             assert wait_until(lambda: held() == [])
             assert began + ends - 0.05 < monotonic() < claimed + ends, "as it would be had it begun again"
         with pytest.raises(SlotLost), hold(token):

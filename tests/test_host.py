@@ -539,7 +539,7 @@ class TestTheFile:
         one = slot()
         store.take([one])
         path.unlink()
-        assert wait_until(lambda: list(store.renew([(one, 60)])) == [True] and path.exists(), 3)
+        assert wait_until(lambda: list(store.renew([(one, 60)])) == [True] and path.exists())
         assert isinstance(other.take([slot(token="u")]), Full)
 
     def test_a_file_that_was_cut_short_is_left_without_a_signal(self, path: Path) -> None:
