@@ -193,7 +193,7 @@ def test_a_lapsed_holder_that_still_runs_never_comes_back(redis_server: RedisSer
         finally:
             os.kill(worker, signal.SIGCONT)
         began = monotonic()
-        while monotonic() < began + 1.5:
+        while monotonic() < began + (1.5 if LONG else 1.0):  # a heartbeat is due each third of a second
             assert [known.token for known in operator.snapshot()] == [other.token]
             assert site.status() == 429
         operator.give([other])
