@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# What else has a long form.
+LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis reload_servers memory host decorators lifetime))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-redis test chaos test-all check docs schema clean
 
@@ -29,7 +32,7 @@ test: $(VENV)/.dev-stamp
 
 # Ports, files and processes are its own, so it can run beside other things; it wants an idle machine all the same.
 chaos: $(VENV)/.dev-stamp
-	@CHAOS=long $(BIN)/python -m pytest tests/chaos tests/test_servers.py tests/test_servers_redis.py
+	@CHAOS=long $(BIN)/python -m pytest tests/chaos $(LONG)
 
 # One session of it: make test-all NOX="-s redis"
 test-all: $(VENV)/.dev-stamp

@@ -40,8 +40,9 @@ def uvicorn(port: int, *options: str) -> list[str]:
 def running(
     command: list[str], port: int, gauge_file: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, ready; stopped with all its workers. Its output is in the message of whatever goes wrong.
+    """The server, ready; killed with all its workers, as what it does when it is told to end is what other tests are about.
 
+    Its output is in the message of whatever goes wrong. It need not run any more at the end of the block.
     `env` has variables instead of the one that makes the views count in `gauge_file`.
     """
     log = gauge_file.with_suffix(f".{port}.log")
@@ -59,17 +60,14 @@ def running(
         _wait_until_ready(server, port, log)
         yield server
     finally:
-        server.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(15)
-        # It has a session of its own, so these are its own processes: those that it did not stop itself.
+        # It has a session of its own, so these are its own processes, and they are there even when it has ended itself.
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = monotonic() + 30
+    end = monotonic() + 60
     while monotonic() < end:
         if server.poll() is not None:
             break

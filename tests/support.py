@@ -51,7 +51,11 @@ def limits() -> Iterator[Limits]:
         override.disable()
 
 
-def wait_until(fact: Callable[[], bool], seconds: float = 5.0) -> bool:
+#: Seconds that a fact is waited for which is to come: far more than it takes, as a busy machine may be far slower.
+SOON = 15.0
+
+
+def wait_until(fact: Callable[[], bool], seconds: float = SOON) -> bool:
     """Is it true within that time?"""
     end = monotonic() + seconds
     while not fact():
@@ -61,7 +65,7 @@ def wait_until(fact: Callable[[], bool], seconds: float = 5.0) -> bool:
     return True
 
 
-async def await_until(fact: Callable[[], bool], seconds: float = 5.0) -> bool:
+async def await_until(fact: Callable[[], bool], seconds: float = SOON) -> bool:
     """Is it true within that time? For event loops."""
     end = monotonic() + seconds
     while not fact():
@@ -81,7 +85,7 @@ def exit_code(pid: int) -> int:
             ended.append(os.waitstatus_to_exitcode(status))
         return bool(done)
 
-    if not wait_until(has_ended, 10):
+    if not wait_until(has_ended, 30):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise AssertionError("the child hangs")
@@ -178,7 +182,7 @@ def stores_work() -> bool:
     return all(store.failure is None for store in backends._instances.values())
 
 
-def works_again(store: Any, seconds: float = 5.0) -> bool:
+def works_again(store: Any, seconds: float = SOON) -> bool:
     """Is it left alone no more within that time? Then all that is said of it is said."""
     if not wait_until(lambda: store.failure is None, seconds):
         return False

@@ -96,8 +96,8 @@ class TestClaim:
         assert tokens(store) == ["new"]
 
     def test_the_lease_begins_now(self, store: BaseBackend) -> None:
-        old, new = slot("old", ttl=0.2), slot("new", ttl=60)
-        store.take([old, slot("lapses", "q", ttl=0.2)])
+        old, new = slot("old", ttl=0.4), slot("new", ttl=60)
+        store.take([old, slot("lapses", "q", ttl=0.4)])
         assert store.claim([(carried(old), new)])
         assert wait_until(lambda: count(store, "q") == 0)
         assert count(store) == 1

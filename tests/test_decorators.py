@@ -33,6 +33,7 @@ from django_concurrency_mw.outcomes import Slot
 from django_concurrency_mw.signals import slot_acquired
 
 from .asgi_driver import Exchange, fetch
+from .chaos import LONG
 from .decorated_urls import FORMS, ainner
 from .support import OURS, Limits, await_until, everything, nothing_held, run_async, wait_until
 from .views import Deliberate, held, switch, told
@@ -318,7 +319,11 @@ class TestNames:
 
     @pytest.mark.parametrize("form", ["on a class", "on a method", "two on an async class"])
     def test_two_thousand_requests_leave_nothing_behind(self, limits: Limits, form: str) -> None:
-        """`method_decorator` decorates anew on every request: nothing may be registered by that."""
+        """`method_decorator` decorates anew on every request: nothing may be registered by that.
+
+        Two thousand in the long run, and fewer of each in the short one; either way less than 10 bytes of each are left.
+        """
+        number = (2000 if "async" not in form else 500) // (1 if LONG else 3)
         limits(middleware=[])
         url = f"/form/{list(FORMS).index(form)}/"
         client = Client()
@@ -330,7 +335,7 @@ class TestNames:
         tracemalloc.start()
         try:
             started = tracemalloc.take_snapshot()
-            for _ in range(2000 if "async" not in form else 500):
+            for _ in range(number):
                 client.get(url)
                 switch.seen.clear()
             gc.collect()
@@ -339,7 +344,7 @@ class TestNames:
         finally:
             tracemalloc.stop()
         assert len(all_limits) == before
-        assert sum(entry.size_diff for entry in grown) < 20_000
+        assert sum(entry.size_diff for entry in grown) < (20_000 if LONG else 7_000)
 
 
 class TestPolicyKeyword:

@@ -358,7 +358,7 @@ def test_the_slot_is_held_to_the_end_and_no_longer(
     try:
         assert ask(half, f"/{path}", alice).status == status
         assert switch.seen == [["all"]] * gates
-        assert wait_until(nothing_held, 2)
+        assert wait_until(nothing_held)
     finally:
         gc.enable()
 

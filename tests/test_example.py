@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,34 @@ def test_every_policy_of_the_example_table_is_exercised_by_the_demo(root: Path) 
     ] == []
 
 
-def test_the_demo_shows_every_cap_hold(run_python: Run, tmp_path: Path) -> None:
+#: Run of the demo -> its arguments, and its variables.
+DEMOS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "alone": ([], {}),
+    "redis": (["--redis"], {}),
+    "unlimited": ([], {"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"}),
+}
+#: How a run of the demo ended, and the folder that it had for its files.
+Demo = tuple["subprocess.CompletedProcess[str]", Path]
+
+
+@pytest.fixture(scope="module")
+def demos(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Demo]]:
+    """How each run of the demo ended. All run at once, as what they do is mostly to wait.
+
+    The first and the last have one file of the host store, but without limits nothing is taken.
+    """
+    with ThreadPoolExecutor() as pool:
+        started = {}
+        for name, (arguments, variables) in DEMOS.items():
+            folder = tmp_path_factory.mktemp(name)
+            env = {"TMPDIR": str(folder), "CONCURRENCY_TEST_REDIS_SERVER": redis_program(), **variables}
+            started[name] = pool.submit(run_python, "example_project/demo.py", *arguments, env=env), folder
+        yield lambda name: (started[name][0].result(), started[name][1])
+
+
+def test_the_demo_shows_every_cap_hold(demos: Callable[[str], Demo]) -> None:
     """Both servers, every kind of view, one rejection in full; it leaves nothing behind."""
-    done = run_python("example_project/demo.py", env={"TMPDIR": str(tmp_path)})
+    done, folder = demos("alone")
     assert done.returncode == 0, done.stdout + done.stderr
     for word in (
         "store: ",
@@ -47,13 +75,12 @@ def test_the_demo_shows_every_cap_hold(run_python: Run, tmp_path: Path) -> None:
         "What to try next",
     ):
         assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
-def test_the_demo_shows_one_cap_hold_over_two_servers(run_python: Run, tmp_path: Path) -> None:
+def test_the_demo_shows_one_cap_hold_over_two_servers(demos: Callable[[str], Demo]) -> None:
     """Two worker processes of each, one Redis of the demo's own; it leaves nothing behind."""
-    env = {"TMPDIR": str(tmp_path), "CONCURRENCY_TEST_REDIS_SERVER": redis_program(), "EXAMPLE_HOLD": "0.35"}
-    done = run_python("example_project/demo.py", "--redis", env=env)
+    done, folder = demos("redis")
     assert done.returncode == 0, done.stdout + done.stderr
     for word in (
         "store: redis, 2 processes of each server",
@@ -64,7 +91,7 @@ def test_the_demo_shows_one_cap_hold_over_two_servers(run_python: Run, tmp_path:
         "make demo-redis",
     ):
         assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_without_a_redis_server_the_demo_says_what_to_install(run_python: Run, tmp_path: Path) -> None:
@@ -113,9 +140,9 @@ def _evalshas(client: Any) -> int:
     return sum(int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval"))
 
 
-def test_the_demo_fails_when_nothing_is_limited(run_python: Run) -> None:
+def test_the_demo_fails_when_nothing_is_limited(demos: Callable[[str], Demo]) -> None:
     """It believes the views, so with the limits off it says which caps were broken."""
-    done = run_python("example_project/demo.py", env={"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"})
+    done, _ = demos("unlimited")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "of user-reports was broken" in done.stdout
     assert "Every cap held" not in done.stdout

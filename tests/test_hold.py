@@ -73,12 +73,12 @@ TABLE = {
     "varies": {"key": "user", "max_concurrent": f"{__name__}.limit_of"},
     "costly": {"key": "user", "max_concurrent": 9, "cost": f"{__name__}.limit_of"},
     "shadow": {"key": "user", "max_concurrent": 1, "block": False},
-    "short": {"key": "user", "max_concurrent": 1, "ttl": 0.3},
+    "short": {"key": "user", "max_concurrent": 1, "ttl": 0.5},
     "longer": {"key": "user", "max_concurrent": 1, "ttl": 6},
-    "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.6, "renew": False},
-    "aged": {"key": "user", "max_concurrent": 1, "ttl": 1.1, "max_age": 1.2},
+    "fixed": {"key": "user", "max_concurrent": 1, "ttl": 0.8, "renew": False},
+    "aged": {"key": "user", "max_concurrent": 1, "ttl": 0.9, "max_age": 1.0},
     "by-header": {"key": "header:X-Api-Key", "max_concurrent": 1, "per_key": {"header:X-Api-Key:gold": 2}},
-    "shadow-denied": {"key": "user", "max_concurrent": 1, "block": False, "ttl": 0.3},
+    "shadow-denied": {"key": "user", "max_concurrent": 1, "block": False, "ttl": 0.5},
     "denied": {"key": "user", "max_concurrent": 1, "on_backend_error": "deny"},
 }
 
@@ -177,7 +177,7 @@ class TestABlock:
     def test_its_lease_is_renewed(self, held: Held) -> None:
         with hold("short", key="user:1"):
             began = monotonic()
-            assert wait_until(lambda: monotonic() > began + 0.7)
+            assert wait_until(lambda: monotonic() > began + 0.6)
             assert held() == [("short", "user:1")]
 
     def test_signals_without_a_request(self, held: Held, block: Block) -> None:
@@ -375,28 +375,34 @@ class TestHandOver:
     def test_unclaimed_it_ends_with_its_lease(self, held: Held, block: Block) -> None:
         token = handed_over("short")
         assert held() == [("short", "user:42")]
-        assert wait_until(lambda: held() == [], 2)
+        assert wait_until(lambda: held() == [])
         with pytest.raises(SlotLost), block(token):
             pass
 
     def test_claimed_it_is_renewed(self, held: Held) -> None:
         with hold(handed_over("short")):
             began = monotonic()
-            assert wait_until(lambda: monotonic() > began + 0.7)
+            assert wait_until(lambda: monotonic() > began + 0.6)
             assert held() == [("short", "user:42")]
 
-    @pytest.mark.parametrize(("policy", "ends"), [("fixed", 0.6), ("aged", 1.2)])
+    @pytest.mark.parametrize(("policy", "ends"), [("fixed", 0.8), ("aged", 1.0)])
     def test_its_time_goes_on_from_the_request(self, held: Held, policy: str, ends: float) -> None:
         """`renew: false` ends at its ttl as it stands, any other at its max_age: however often it changes hands."""
         began = monotonic()
         token = handed_over(policy)
-        assert wait_until(lambda: monotonic() > began + ends - 0.2)
+        taken = monotonic()
+        assert wait_until(lambda: monotonic() > began + ends / 2)
+        claimed = monotonic()
         with hold(token) as concurrency, hold(concurrency.hand_over()):
             assert held() == [(policy, "user:42")]
             lasts = [one.last for lease in keeper.live() if isinstance(lease, Lease) for one in lease.holdings()]
-            assert lasts == [pytest.approx(began + ends, abs=0.1)]
-            assert wait_until(lambda: held() == [], 3)
-            assert ends - 0.05 < monotonic() - began < ends + 0.3
+            (last,) = lasts
+            # A token tells the end by the wall clock, which is read at another moment.
+            assert began + ends - 0.05 < last < taken + ends + 0.05
+            now = monotonic()
+            assert all(now + holder.lease_left < taken + ends + 0.05 for holder in held.store.snapshot())
+            assert wait_until(lambda: held() == [])
+            assert began + ends - 0.05 < monotonic() < claimed + ends, "as it would be had it begun again"
         with pytest.raises(SlotLost), hold(token):
             pass
 
@@ -504,7 +510,7 @@ class TestHandOver:
     ) -> None:
         token = handed_over("shadow-denied")
         assert held() == [("shadow-denied", "user:42")]
-        assert wait_until(lambda: held() == [], 2)
+        assert wait_until(lambda: held() == [])
         with block(token) as concurrency:
             assert concurrency.policies[0].state == "over"
         with override_settings(CONCURRENCY_LIMIT={**settings.CONCURRENCY_LIMIT, "ON_BACKEND_ERROR": "deny"}):
@@ -530,7 +536,7 @@ class TestHandOver:
         with monkeypatch.context() as failing:
             broken(held.store, failing)
             with block(token):
-                assert renewed.wait(1), "not a third of its ttl later"
+                assert renewed.wait(1.9), "not a third of its ttl later"
                 assert ("longer", "user:42") in held()
 
     def test_a_store_that_cannot_says_so(self, limits: Limits) -> None:

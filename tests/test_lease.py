@@ -103,9 +103,9 @@ class TestRenewal:
         held.release()
 
     def test_the_keeper_does_it_by_itself(self, store: Counting) -> None:
-        """A ttl of 0.3 s, held for four of them, with the limit taken up: nobody else gets in."""
-        held = take(store, policy(ttl=0.3))
-        assert wait_until(lambda: len(store.renewals) >= 12)
+        """A ttl of 0.6 s, held for two of them, with the limit taken up: nobody else gets in."""
+        held = take(store, policy(ttl=0.6))
+        assert wait_until(lambda: len(store.renewals) >= 6)
         others = [Slot("p", make_key("k"), 1, 60, "other")]
         assert not isinstance(store.take(others), Taken)
         held.release()
@@ -203,8 +203,8 @@ class TestARenewalThatGoesWrong:
                 raise error
 
         good, bad = Counting(), Bad()
-        leases = [take(bad, policy(ttl=0.3)), take(good, policy(ttl=0.3)), take(bad, policy(ttl=0.3))]
-        assert wait_until(lambda: len(good.renewals) >= 8)
+        leases = [take(bad, policy(ttl=0.6)), take(good, policy(ttl=0.6)), take(bad, policy(ttl=0.6))]
+        assert wait_until(lambda: len(good.renewals) >= 4)
         assert len(good.snapshot()) == 1
         for held in leases:
             held.release()

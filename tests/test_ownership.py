@@ -85,7 +85,7 @@ def test_a_client_that_leaves_while_the_key_is_resolved(limits: Limits) -> None:
         exchange.leave()
         await exchange.end()
         assert await await_until(ended.is_set)
-        assert await await_until(nothing_held, 2)
+        assert await await_until(nothing_held)
 
     run_async(main)
 

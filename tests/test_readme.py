@@ -186,7 +186,9 @@ def test_both_commands_are_there_and_run() -> None:
     done = _make("make --dry-run demo", {})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith("/python example_project/demo.py")
-    done = _make("make test", {"PYTEST_ADDOPTS": "--collect-only -q"})
+    # A test installs nothing, so the stamp stands as it is; the files of one letter are enough to see that they are found.
+    options = "--collect-only -q --ignore-glob=*/chaos/* --ignore-glob=*/test_[!r]*"
+    done = _make("make --old-file=.venv/.dev-stamp test", {"PYTEST_ADDOPTS": options})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/test_readme.py" in done.stdout
 

@@ -420,6 +420,8 @@ class TestTheSetting:
             put(text(number))
             assert wait_until(lambda number=number: limit() == number)  # type: ignore[misc]
         assert conf.current().stores is stores
+        # The last line is written after the switch.
+        assert wait_until(lambda: len(said(caplog, logging.INFO)) >= 3)
         assert len(said(caplog, logging.INFO)) == 3
         assert said(caplog, logging.ERROR) == []
 

@@ -20,14 +20,14 @@ from .servers import free_port, get, gunicorn, held, running, uvicorn
 from .support import wait_until
 
 CLIENTS = 64
-INTERVAL = 0.4
+INTERVAL = 0.5
 #: Seconds that a switch may take beyond the interval, on a machine that is as busy as this crowd makes it. Less than another
 #: interval, as each change comes just after a look: one look that is left out is seen.
-SLACK = 0.35
+SLACK = 0.45
 #: Seconds that a request may take.
 ASKED = 0.2
 #: Seconds that the crowd stays at each limit, once every worker has it.
-STAY = 2.0 if LONG else 0.6
+STAY = 2.0 if LONG else 0.5
 BROKEN = "policies: {cap: {key: global, max_concurrent: %d"
 
 SERVERS: dict[str, tuple[Callable[[int], list[str]], str]] = {
@@ -139,13 +139,13 @@ def test_every_worker_switches_under_a_crowd_and_no_slot_is_lost(
     changes: list[tuple[float, float, int]] = []
     with running(command(port), port, gauge_file, env) as server:
         with crowd(port, path) as answers:
-            assert wait_until(lambda: len({one.pid for one in answers}) == 2, 10)
+            assert wait_until(lambda: len({one.pid for one in answers}) == 2)
             pids = {one.pid for one in answers}
             for number, limit in enumerate((2, 7), 1):
                 moved(file, BROKEN % number)
-                assert wait_until(lambda: len(refusals()) == 2 * number, 5), log.read_text()  # noqa: B023
+                assert wait_until(lambda: len(refusals()) == 2 * number), log.read_text()  # noqa: B023
                 begin = moved(file, policies(limit))
-                assert wait_until(lambda: {one.pid for one in answers if one.limit == limit} == pids, 5)  # noqa: B023
+                assert wait_until(lambda: {one.pid for one in answers if one.limit == limit} == pids)  # noqa: B023
                 # Those whom the old limit let in have left by then.
                 changes.append((begin, monotonic() + ASKED, limit))
                 sleep(STAY)
@@ -194,10 +194,10 @@ def test_runserver_starts_anew_when_the_file_changes(tmp_path: Path, prefix: str
     with running([sys.executable, "-m", "django", "runserver", f"127.0.0.1:{port}"], port, tmp_path / "log", env):
         assert limit() == "5"
         moved(file, "policies: [")
-        assert wait_until(lambda: "django_concurrency_mw.E001" in log.read_text(), 15), log.read_text()
+        assert wait_until(lambda: "django_concurrency_mw.E001" in log.read_text(), 60), log.read_text()
 
         def mended() -> bool:
             moved(file, policies(2))  # again where Django had not yet looked at the wrong one
             return wait_until(lambda: limit() == "2", 3)
 
-        assert wait_until(mended, 15), log.read_text()
+        assert wait_until(mended, 60), log.read_text()

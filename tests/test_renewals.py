@@ -229,7 +229,7 @@ class TestWhatTheStoreLost:
     def test_one_that_was_replaced_never_comes_back_above_the_limit(self, store: Store) -> None:
         """It was stopped for longer than its ttl; somebody else has its place."""
         lease = take(store, policy(limit=1, ttl=0.05))
-        assert wait_until(lambda: only(lease).ends + 0.05 < monotonic())
+        assert wait_until(lambda: store.tokens() == [] and only(lease).ends < monotonic())
         other = take(store, policy(limit=1))
         look(lease)
         assert store.tokens() == [only(other).slot.token]
@@ -467,7 +467,7 @@ class TestReleasedMeanwhile:
         self.fail(store, late, lease.release)
         look(lease)
         assert wait_until(lambda: store.tokens() != [])
-        assert wait_until(lambda: store.tokens() == [], 5 * 0.3)
+        assert wait_until(lambda: store.tokens() == [])
 
     @pytest.mark.parametrize("late", [False, True], ids=["carried out", "carried out late"])
     def test_nor_where_it_ends_while_the_store_is_still_away(
@@ -486,7 +486,7 @@ class TestReleasedMeanwhile:
         store.fails = None
         assert works_again(store)
         keeper._retry(0)
-        assert wait_until(lambda: store.tokens() == [], 1)
+        assert wait_until(lambda: store.tokens() == [])
 
     def fail(self, store: Store, late: bool, then: Callable[[], None]) -> None:
         """The next restore fails, and is carried out: before that or, as a packet that was under way, after it."""
@@ -606,7 +606,7 @@ class TestOnRedis:
 
     def test_old_tombstones_go_when_a_new_one_comes(self, redis: RedisBackend, redis_server: RedisServer) -> None:
         client = redis_server.client()
-        slots = [Slot("p", make_key("k"), 50, 0.05 if number < 9 else 30.0, new_token()) for number in range(10)]
+        slots = [Slot("p", make_key("k"), 50, 0.5 if number < 9 else 30.0, new_token()) for number in range(10)]
         for slot in slots:
             redis.take([slot])
             redis.evict(slot.token)
@@ -657,7 +657,7 @@ def _scores(redis: RedisBackend, server: RedisServer) -> list[float]:
 
 def test_tombstones_in_memory_go_when_a_new_one_comes() -> None:
     store = MemoryBackend(BackendConfig("default", "memory"))
-    slots = [Slot("p", make_key("k"), 50, 0.05, new_token()) for _ in range(10)]
+    slots = [Slot("p", make_key("k"), 50, 0.3, new_token()) for _ in range(10)]
     for slot in slots:
         store.take([slot])
         assert store.evict(slot.token)
@@ -783,7 +783,7 @@ def test_three_thousand_requests_that_end_around_their_renewal(
     The leases are long, as a slot that is left behind must not be hidden by its end; their renewals are due as if they
     were of 0.3 s.
     """
-    ttl, requests, at_once = 60.0, 3000, 32
+    ttl, requests, at_once = 60.0, 3000, 56
     monkeypatch.setattr(held_module, "RENEW_AFTER", 0.1 / ttl)
     monkeypatch.setattr(renewals, "EARLY", 0.01 / ttl)
     prefix = f"race-{next(_numbers)}"
@@ -851,7 +851,7 @@ def test_three_thousand_requests_that_end_around_their_renewal(
         flushing.join()
     try:
         assert errors == []
-        assert wait_until(lambda: redis_server.held(prefix) == 0, 2), redis_server.held(prefix)
+        assert wait_until(lambda: redis_server.held(prefix) == 0), redis_server.held(prefix)
         settled = threading.Event()
         keeper.at(2 * RESTORE_WITHIN / 4, settled.set)  # whatever the keeper has still under way
         assert settled.wait(10)

@@ -295,7 +295,7 @@ class TestHarmless:
                 answer = ask(half, path)
                 assert (answer[0], answer[2]) == (expected[0], expected[2])
                 assert wait_until(nothing_held)
-                wait_until(lambda number=number: len(found.told) == 2 * (number + 1), 1)  # type: ignore[misc]
+                wait_until(lambda number=number: len(found.told) == 2 * (number + 1))  # type: ignore[misc]
                 assert len(found.told) == 2 * (number + 1), (number, found.names())
         finally:
             logging.getLogger("django.dispatch").disabled = False

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -136,14 +137,15 @@ def fork(request: HttpRequest) -> HttpResponse:
 
 
 def hand_over(request: HttpRequest) -> HttpResponse:
-    """Answers before the work is done, with the token; with `thread` the work is a thread's here, for so many ms."""
+    """Answers before the work is done, with the token; with `thread` the work is a thread's here, until that file is there."""
     token = request.concurrency.hand_over()  # type: ignore[attr-defined]  # ours sets it
     if "thread" in request.GET:
-        seconds = float(request.GET["thread"]) / 1000
+        over, latest = Path(request.GET["thread"]), monotonic() + 60
 
         def work() -> None:
             with hold(token):
-                sleep(seconds)
+                while not over.exists() and monotonic() < latest:
+                    sleep(0.01)
 
         threading.Thread(target=work).start()
     return HttpResponse(token, status=202)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from subprocess import Popen
@@ -42,7 +43,7 @@ class Site:
         """Of one short request; 0 where there is no answer."""
         try:
             return get(self.port, f"{self.view}?for={milliseconds}")[0]
-        except OSError:
+        except (OSError, HTTPException):
             return 0
 
     def hold(self, number: int, milliseconds: int) -> list[threading.Thread]:

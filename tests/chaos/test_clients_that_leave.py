@@ -16,7 +16,7 @@ from ..support import wait_until
 from . import LONG
 from .sites import Site, chaos_site
 
-REQUESTS = 2000
+REQUESTS = 2000 if LONG else 1200
 AT_ONCE = 12
 #: A view's kind -> its path on uvicorn.
 VIEWS = {"async": "/awork/", "sync": "/work/", "async-stream": "/astream/", "sync-stream": "/stream/"}
@@ -79,4 +79,4 @@ def admitting(site: Site) -> None:
         for thread in threads:
             thread.join()
         # A release may still be on its way when the answer is there.
-        assert wait_until(lambda: get(site.port, f"{site.view}?for=1")[0] == 200, 2)
+        assert wait_until(lambda: get(site.port, f"{site.view}?for=1")[0] == 200)

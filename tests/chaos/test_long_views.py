@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from pathlib import Path
 from time import monotonic
 
@@ -28,19 +29,33 @@ def test_a_renewed_lease_holds_the_cap_beside_a_busy_neighbour(
 ) -> None:
     """Views of 4 s under `ttl: 1`, 64 clients, and one more request that spins in Python all the while.
 
-    In the short run 3 s under `ttl: 1.5`: where others keep the machine busy too, a heartbeat of 0.33 s may be late.
+    In the short run 2.5 s under `ttl: 1.5`: where others keep the machine busy too, a heartbeat of 0.33 s may be late.
     """
     name, *options = SERVERS[server]
     with chaos_site(name, redis_server, tmp_path, *options, ttl=1 if LONG else 1.5) as site:
-        busy = threading.Thread(target=lambda: get(site.port, f"/spin/?for={9000 if LONG else 7000}"), daemon=True)
+        over = threading.Event()
+
+        def keep_busy() -> None:
+            while not over.is_set():
+                get(site.port, "/spin/?for=1000")
+
+        busy = threading.Thread(target=keep_busy)
         busy.start()
-        statuses = crowd(site.port, f"{site.view}?for={4000 if LONG else 3000}", 64, 6 if LONG else 4.5)
-        told = site.gauge()
+        statuses: Counter[int] = Counter()
+        try:
+            for _ in range(8):
+                statuses += crowd(site.port, f"{site.view}?for={4000 if LONG else 2500}", 64, 6 if LONG else 3.0)
+                told = site.gauge()
+                if told["admitted"] >= 10:
+                    break
+        finally:
+            over.set()
+            busy.join()
         print(f"{server}: {statuses}, {told}")
         assert told["most"] == 5, "never above the cap, and reached"
         assert statuses[200] == told["admitted"] >= 10
         assert set(statuses) == {200, 429}
-        assert wait_until(lambda: site.held() == 0, 5)
+        assert wait_until(lambda: site.held() == 0)
         assert "slot is lost" not in site.text()
 
 
@@ -52,7 +67,7 @@ def test_without_renewal_the_slot_ends_and_the_late_release_is_told_once(
     with chaos_site(name, redis_server, tmp_path, *options, ttl=1, renew=False) as site:
         first = site.hold(5, 2500)
         assert wait_until(lambda: site.held() == 5)
-        assert wait_until(lambda: site.status() == 200, 3), "its ttl did not end it"
+        assert wait_until(lambda: site.status() == 200), "its ttl did not end it"
         second = site.hold(3, 2500)
         assert wait_until(lambda: site.gauge()["inside"] == 8)
         for thread in first:
@@ -65,7 +80,7 @@ def test_without_renewal_the_slot_ends_and_the_late_release_is_told_once(
         assert "Raise `ttl`" in line
         for thread in second:
             thread.join()
-        assert wait_until(lambda: site.held() == 0, 5)
+        assert wait_until(lambda: site.held() == 0)
 
 
 def test_a_slow_store_and_200_clients_at_once(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -79,7 +94,7 @@ def test_a_slow_store_and_200_clients_at_once(redis_server: RedisServer, tmp_pat
             assert site.status() == 200  # connected
             statuses = asyncio.run(everybody(site, 200))
             assert statuses == [200] * 200
-            assert wait_until(lambda: site.held() == 0, 5)
+            assert wait_until(lambda: site.held() == 0)
             assert "fails" not in site.text()
     finally:
         proxy.stop()
