@@ -160,12 +160,14 @@ class Proxy:
     async def _wind_up(self) -> None:
         self._server.close()
         await asyncio.sleep(0.02)  # whoever is just being accepted has no transport yet
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for writer in list(self._ever):
-            writer.transport.abort()
+        for _ in range(3):  # a task that is cancelled, or whoever was accepted meanwhile, may leave something to do
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            for writer in list(self._ever):
+                writer.transport.abort()
+            await asyncio.sleep(0)
         await asyncio.sleep(0.01)  # for the transports to close
 
     async def _cut(self) -> None:

@@ -59,7 +59,10 @@ def test_no_slot_stays_when_clients_leave(view: str, limit: int, redis_server: R
             "uvicorn", redis_server, tmp_path, url=proxy.url, max_concurrent=limit, ttl=3600, mode="deny"
         ) as site:
             site.view = VIEWS[view]
-            asyncio.run(storm(site.port, f"{VIEWS[view]}?for=40", REQUESTS))
+            for number in (REQUESTS, *[REQUESTS // 4] * 20):
+                asyncio.run(storm(site.port, f"{VIEWS[view]}?for=40", number))
+                if site.gauge()["admitted"] >= 100:  # a busy machine admits fewer of those who stay so short a time
+                    break
             over = monotonic()
             assert wait_until(lambda: site.held() == 0, 10), f"{site.held()} slots are left"
             print(f"{view}, limit {limit}: {site.gauge()}, 0 held {monotonic() - over:.2f} s after the last one")
