@@ -229,7 +229,16 @@ class TestHolders:
         environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.inspected_settings", "PYTHONPATH": str(ROOT)}
         environment.pop("PYTHONUNBUFFERED", None)
         command = [sys.executable, "-m", "django", "concurrency", "holders", "--watch", "0.05", "--json"]
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        started = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Whoever runs the tests in the background may have told them to ignore it, which a child inherits.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        with started as process:
             assert process.stdout is not None
             assert [json.loads(process.stdout.readline()) for _ in range(3)] == [{"holders": []}] * 3
             process.send_signal(signal.SIGINT)

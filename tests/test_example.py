@@ -132,7 +132,7 @@ def test_one_variable_puts_the_example_on_redis(run_python: Run, tmp_path: Path,
         assert alice.startswith("alice (password: demo; for the API: Authorization: Token ")
         assert bob.startswith("bob (")
         assert rest == ["200", "401", "[]"]
-        assert _evalshas(client) == before + 1
+        assert _evalshas(client) == before + 2, "the take, and the note of its peak"
 
 
 def _evalshas(client: Any) -> int:

@@ -67,7 +67,7 @@ def _ends() -> Iterator[None]:
 
 
 def looks() -> int:
-    """How many looks are to come."""
+    """How many looks are to come; none while one is being made."""
     return sum(isinstance(getattr(call, "__self__", None), reload.Watch) for _, _, call in list(keeper._calls))
 
 
@@ -595,7 +595,7 @@ class TestOverrideSettings:
             assert looks() == 0
             moved(file, text(2))
         assert limit() == 2, "what comes back is read anew"
-        assert looks() == 1
+        assert wait_until(lambda: looks() == 1)
         moved(file, text(3))
         assert wait_until(lambda: limit() == 3)
 
@@ -648,7 +648,8 @@ class TestProcesses:
         for number in range(1, 11):
             moved(file, text(number))
             assert wait_until(lambda number=number: limit() == number)  # type: ignore[misc]
-        assert (threading.active_count(), looks()) == (before, 1)
+        assert wait_until(lambda: looks() == 1), "none is to come while one is being made"
+        assert threading.active_count() == before
 
     def test_a_server_that_loads_the_site_starts_no_thread(self, file: Path, limits: Limits) -> None:
         limits(file, RELOAD_INTERVAL=0.05)
@@ -656,7 +657,7 @@ class TestProcesses:
         assert looks() == 0
         moved(file, text(2), long_ago=True)
         assert limit() == 2, "the first request knows what is there now"
-        assert looks() == 1
+        assert wait_until(lambda: looks() == 1)
 
     def test_a_forked_child_looks_for_itself(self, file: Path, limits: Limits) -> None:
         limits(file, RELOAD_INTERVAL=0.05)
@@ -667,7 +668,7 @@ class TestProcesses:
             code = 1
             try:
                 moved(file, text(2), long_ago=True)
-                first = limit() == 2 and conf.current().stores is stores and looks() == 1
+                first = limit() == 2 and conf.current().stores is stores and wait_until(lambda: looks() == 1)
                 moved(file, text(3))
                 code = 0 if first and wait_until(lambda: limit() == 3) else 2
             finally:
