@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from django.core.management.base import CommandParser
 
-from . import ping
+from . import ping, simulate
 from .output import Output
 
 
@@ -27,4 +27,4 @@ class Subcommand(Protocol):
         """Do it. Returns 0 or 1. Raises: CommandError."""
 
 
-SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {"ping": ping}
+SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {"ping": ping, "simulate": simulate}

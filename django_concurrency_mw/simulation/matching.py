@@ -1,0 +1,400 @@
+"""Matching: from the path and the other words of a line to the slots that its request would have asked for.
+
+Paths are resolved by Django's resolver, keys by our own; no view is called and no row is read. What a log does not have is
+never made up: a policy that needs it is left out, with what it needs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from django.conf import settings
+from django.http import HttpRequest, QueryDict
+from django.urls import Resolver404, get_resolver
+from django.utils.encoding import repercent_broken_unicode
+
+from ..client import TrustedProxies, parse_address
+from ..keys import Resolver, limits_of
+from ..keyspec import Part
+from ..limiter import MARK
+from ..outcomes import UNLIMITED, Asked, KeyMissing
+from ..policies import STANDARD_METHODS, Policy, PolicyTable
+from ..steps import Ask, Steps
+from .formats import canonical
+
+#: Paths, and keys of one policy, that are remembered.
+REMEMBERED: Final = 150_000
+_NOBODY_TRUSTED = TrustedProxies()
+
+#: Instead of a slot: the policy does not apply. What is below stands for a policy that turns away who has no key.
+NONE: Final = -1
+#: In what is remembered: look again, with the address.
+_BY_ADDRESS: Final = -(2**40)
+
+
+def refused(policy: int) -> int:
+    """Instead of a slot: this policy turns the request away, as its key is missing. It is its own inverse."""
+    return -2 - policy
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A policy that cannot be replayed, and what it needs that no log has, or this log has not."""
+
+    policy: str
+    missing: tuple[str, ...]
+
+
+class Slots:
+    """Every key of every policy that was met, as a number: its policy, its limit, and its text, which lies on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.policies = array("H")
+        self.limits = array("q")
+        #: Does `per_key` give it a limit of its own?
+        self.own = array("b")
+        self._numbers: dict[int, dict[bytes, int]] = defaultdict(dict)
+        self._texts = (directory / "keys").open("w+b")
+        self._places = array("Q", [0])
+
+    def __len__(self) -> int:
+        return len(self.policies)
+
+    def number(self, policy: int, asked: Asked) -> int:
+        """Of this key."""
+        numbers = self._numbers[policy]
+        found = numbers.get(asked.key.digest)
+        if found is None:
+            found = numbers[asked.key.digest] = len(self.policies)
+            self.policies.append(policy)
+            self.limits.append(UNLIMITED if asked.limit is None else asked.limit)
+            self.own.append(asked.key.digest in limits_of(asked.policy) if asked.policy.per_key else False)
+            data = asked.key.text.encode("utf-8", "backslashreplace")
+            self._texts.write(data)
+            self._places.append(self._places[-1] + len(data))
+        return found
+
+    def text(self, number: int) -> str:
+        """The key, as `per_key` and the command show it."""
+        start, end = self._places[number], self._places[number + 1]
+        self._texts.flush()
+        self._texts.seek(start)
+        data = self._texts.read(end - start)
+        self._texts.seek(0, 2)
+        return data.decode()
+
+    def close(self) -> None:
+        self._texts.close()
+
+
+class _Keyed:
+    """A policy with what its key is made of, and the keys that were met."""
+
+    __slots__ = (
+        "by_address",
+        "constant",
+        "falls_back",
+        "index",
+        "known",
+        "of_address",
+        "of_method",
+        "of_path",
+        "of_query",
+        "policy",
+        "used",
+    )
+
+    def __init__(self, index: int, policy: Policy, needs: frozenset[str], further: Sequence[str]) -> None:
+        self.index, self.policy = index, policy
+        roots = {part.root for part in policy.key.parts if isinstance(part, Part)} | {policy.key.kind}
+        self.of_path, self.of_query, self.of_method = "kwargs" in roots, "get" in roots, "method" in roots
+        self.used = [number for number, name in enumerate(further) if name in needs]
+        #: Always, or only where the key has no value of its own.
+        self.of_address = "ip" in roots or bool(policy.except_ips)
+        self.falls_back = "ip" in needs and not self.of_address
+        simple = not (self.of_path or self.of_query or self.of_method or self.used)
+        self.by_address, self.constant = simple and self.of_address, simple and not self.of_address
+        self.known: dict[Any, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where a path leads: the plans by method, and the keyword arguments where a policy needs them."""
+
+    plans: dict[str, tuple[_Keyed, ...]]
+    view_name: str | None
+    marked: bool = False
+    kwargs: Mapping[str, Any] | None = None
+
+
+class Matcher:
+    """Asked once for each line. `available` are the fields that the log has."""
+
+    def __init__(self, table: PolicyTable, available: frozenset[str], slots: Slots) -> None:
+        self._table, self.slots = table, slots
+        self.left_out: list[LeftOut] = []
+        wanted = [(policy, *needs_of(policy)) for policy in table]
+        kept: list[tuple[Policy, frozenset[str]]] = []
+        for policy, fields, impossible in wanted:
+            missing = [*impossible, *(_said(name) for name in sorted(fields - available))]
+            if missing:
+                self.left_out.append(LeftOut(policy.name, tuple(missing)))
+            else:
+                kept.append((policy, fields))
+        #: Those that are replayed, in table order; their places here are their numbers.
+        self.policies = [policy for policy, _ in kept]
+        #: The fields that a parser has to give besides the usual ones.
+        self.further = sorted(frozenset().union(*(fields for _, fields in kept)) - {"ip", "path", "method"})
+        keyed = [_Keyed(index, policy, fields, self.further) for index, (policy, fields) in enumerate(kept)]
+        self._keyed = {entry.policy: entry for entry in keyed}
+        self._keeps_kwargs = any(entry.of_path for entry in keyed)
+        self._methods = STANDARD_METHODS.union(*(policy.methods or () for policy in table))
+        self._routes: dict[str, _Route] = {}
+        self._views: dict[tuple[str, bool], _Route] = {}
+        self._nowhere = _Route({}, None)
+        self._resolve = _resolving()
+        self._singles: list[tuple[int]] = []
+
+    def ask(self, method: str, target: str, ip: str | None, further: Sequence[Any]) -> tuple[int, ...] | None:
+        """The slots of a request, one for each policy that applies; None where the path leads nowhere."""
+        path, _, query = target.partition("?")
+        route = self._routes.get(path)
+        if route is None:
+            route = self._route(path)
+        plan = route.plans.get(method)
+        if plan is None:
+            if route.view_name is None:
+                return None
+            plan = self._plan(route, method)
+        if not plan:
+            return ()
+        if len(plan) == 1:
+            number = self._key(plan[0], route, method, path, query, ip, further)
+            if number < 0:
+                return () if number == NONE else (number,)
+            singles = self._singles
+            while number >= len(singles):
+                singles.append((len(singles),))
+            return singles[number]
+        found = [self._key(keyed, route, method, path, query, ip, further) for keyed in plan]
+        return tuple([number for number in found if number != NONE])
+
+    def _key(
+        self, keyed: _Keyed, route: _Route, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
+    ) -> int:
+        made_of: Any
+        if keyed.by_address:
+            made_of = ip
+        elif keyed.constant:
+            made_of = None
+        else:
+            made_of = (
+                ip if keyed.of_address else "",
+                path if keyed.of_path else "",
+                query if keyed.of_query else "",
+                method if keyed.of_method else "",
+                *[further[place] for place in keyed.used],
+            )
+        number = keyed.known.get(made_of)
+        if number == _BY_ADDRESS:
+            made_of = (made_of, ip)
+            number = keyed.known.get(made_of)
+        if number is None:
+            if len(keyed.known) >= REMEMBERED:
+                keyed.known.clear()
+            number, by_address = self._find(keyed, route, method, query, ip, further)
+            if by_address:
+                keyed.known[made_of] = _BY_ADDRESS
+                made_of = (made_of, ip)
+            keyed.known[made_of] = number
+        return number
+
+    def _find(
+        self, keyed: _Keyed, route: _Route, method: str, query: str, ip: str | None, further: Sequence[Any]
+    ) -> tuple[int, bool]:
+        """The slot, and whether it is the address that decided where something else might have."""
+        address = None if ip is None else parse_address(ip[:64])
+        if address is None and keyed.policy.key.kind == "ip":
+            return refused(keyed.index) if keyed.policy.missing == "reject" else NONE, False
+        request = _Line(method, query, None if address is None else ip, zip(self.further, further, strict=True))
+        resolver = Resolver(request, route.kwargs or {}, _NOBODY_TRUSTED, "HTTP_X_FORWARDED_FOR")
+        asking = _answer(resolver.resolve((keyed.policy,)))
+        if not asking:
+            return NONE, False
+        (found,) = asking
+        if isinstance(found, KeyMissing):
+            return refused(keyed.index) if found.rejects else NONE, keyed.falls_back
+        by_address = keyed.falls_back and found.key.text.startswith(("ip:", "missing:ip:"))
+        return self.slots.number(keyed.index, found), by_address
+
+    def _route(self, path: str) -> _Route:
+        if len(self._routes) >= REMEMBERED:
+            self._routes.clear()
+        match = self._resolve(path)
+        if match is None:
+            route = self._nowhere
+        else:
+            marked = bool(getattr(match.func, MARK, False))
+            shared = self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
+            route = shared
+            if self._keeps_kwargs and match.kwargs:
+                route = _Route(shared.plans, shared.view_name, marked, match.kwargs)
+        self._routes[path] = route
+        return route
+
+    def _plan(self, route: _Route, method: str) -> tuple[_Keyed, ...]:
+        assert route.view_name is not None
+        method = method.upper()
+        plan = tuple(
+            self._keyed[policy]
+            for policy in self._table.match(route.view_name, method)
+            if policy in self._keyed and not (route.marked and policy.overridable)
+        )
+        if method in self._methods:  # a client's own words take no memory
+            route.plans[method] = plan
+        return plan
+
+
+def needs_of(policy: Policy) -> tuple[frozenset[str], list[str]]:
+    """The fields of a log that a policy needs, and what it needs that no log has."""
+    fields: set[str] = set()
+    impossible: list[str] = []
+    if not policy.url_names:
+        impossible.append("url_names: it is for decorators and hold() alone")
+    kind = policy.key.kind
+    if policy.key.needs_ip or policy.except_ips or (policy.missing == "ip" and _may_miss(policy)):
+        fields.add("ip")
+    if kind in ("user", "session"):
+        fields.add(kind)
+    if kind == "callable":
+        impossible.append(f"its key is asked of {policy.key.text}")
+    for part in policy.key.parts:
+        if isinstance(part, Part) and part.root not in ("ip", "kwargs", "get", "method"):
+            fields.add(_field_of(part))
+    if policy.when in ("authenticated", "anonymous") or policy.except_users:
+        fields.add("user")
+    elif policy.when is not None:
+        impossible.append(f"when: {policy.when if isinstance(policy.when, str) else 'a callable'}")
+    for name in ("max_concurrent", "cost"):
+        value = getattr(policy, name)
+        if not (value is None or isinstance(value, int)):
+            impossible.append(f"its {name} is asked of {value if isinstance(value, str) else 'a callable'}")
+    return frozenset(fields), impossible
+
+
+def _may_miss(policy: Policy) -> bool:
+    return policy.key.kind not in ("ip", "user", "global", "callable")
+
+
+def _field_of(part: Part) -> str:
+    if part.root == "header":
+        return canonical(f"header.{part.path[0]}")
+    if part.root == "user" and (not part.path or part.path in (("pk",), ("id",))):
+        return "user"
+    return ".".join((part.root, *part.path))
+
+
+def _said(field: str) -> str:
+    if field == "ip":
+        return "the client's address (--field ip=NAME)"
+    return f"{field} (--field {field}=NAME)"
+
+
+class _Line(HttpRequest):
+    """As much of a request as a key is made of; what HttpRequest's own constructor makes is left out, as it takes long."""
+
+    def __init__(self, method: str, query: str, ip: str | None, further: Iterable[tuple[str, str | None]]) -> None:
+        self.method = method
+        self.META = {} if ip is None else {"REMOTE_ADDR": ip}
+        self.GET = QueryDict(query) if query else _NO_QUERY
+        user: Any = SimpleNamespace(is_authenticated=False)
+        session: Any = _Session()
+        for name, value in further:
+            if value is None:
+                continue
+            root, _, rest = name.partition(".")
+            if root == "header":
+                meta = rest.upper().replace("-", "_")
+                self.META[meta if meta in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{meta}"] = value
+            elif root == "host":
+                self.META["HTTP_HOST"] = value
+            elif root == "session":
+                session.session_key = session.session_key or value
+                session.update({rest: value} if rest else {})
+            elif rest:
+                user.is_authenticated = True
+                _set(user, rest.split("."), value)
+            else:
+                user.is_authenticated = True
+                user.pk = user.id = value
+        self.user = user
+        self.session = session
+
+
+def _set(user: SimpleNamespace, names: Sequence[str], value: str) -> None:
+    """`user.team.id`, where the log has that."""
+    *outer, last = names
+    for name in outer:
+        user = vars(user).setdefault(name, SimpleNamespace())
+    setattr(user, last, value)
+
+
+_NO_QUERY = QueryDict("")
+
+
+class _Session(dict[str, str]):
+    """One that the site's store would have known: the log has only those that were used."""
+
+    session_key: str | None = None
+
+    def exists(self, key: str) -> bool:
+        return True
+
+
+def _answer(steps: Steps[list[Asked | KeyMissing]]) -> list[Asked | KeyMissing]:
+    """The policies that are left in need no callable of the project's, so this asks only our own."""
+    try:
+        effect = next(steps)
+        while True:
+            effect = steps.send(effect.function(*effect.arguments) if isinstance(effect, Ask) else None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+
+def _resolving() -> Callable[[str], Any]:
+    """A path as a log has it to what it leads to; None where that is nowhere."""
+    from django.conf.urls.i18n import is_language_prefix_patterns_used
+    from django.utils import translation
+
+    resolver = get_resolver()
+    prefix = (getattr(settings, "FORCE_SCRIPT_NAME", None) or "").rstrip("/")
+    speaks = (
+        bool(getattr(settings, "ROOT_URLCONF", None)) and is_language_prefix_patterns_used(settings.ROOT_URLCONF)[0]
+    )
+
+    def resolve(path: str) -> Any:
+        if not path.startswith("/"):
+            _, found, rest = path.partition("://")
+            if not found:
+                return None
+            path = f"/{rest.partition('/')[2]}"
+        if prefix and path.startswith(f"{prefix}/"):
+            path = path[len(prefix) :]
+        if "%" in path or not path.isascii():
+            path = repercent_broken_unicode(unquote_to_bytes(path)).decode()
+        spoken = translation.get_language_from_path(path) if speaks else None
+        try:
+            with translation.override(spoken or settings.LANGUAGE_CODE) if speaks else nullcontext():
+                return resolver.resolve(path)
+        except Resolver404:
+            return None
+
+    return resolve
