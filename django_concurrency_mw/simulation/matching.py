@@ -100,6 +100,7 @@ class _Keyed:
 
     __slots__ = (
         "by_address",
+        "by_path",
         "constant",
         "falls_back",
         "index",
@@ -122,17 +123,17 @@ class _Keyed:
         self.falls_back = "ip" in needs and not self.of_address
         simple = not (self.of_path or self.of_query or self.of_method or self.used)
         self.by_address, self.constant = simple and self.of_address, simple and not self.of_address
+        self.by_path = self.of_path and not (self.of_address or self.of_query or self.of_method or self.used)
         self.known: dict[Any, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """Where a path leads: the plans by method, and the keyword arguments where a policy needs them."""
+    """Where paths lead, and the plans by method; shared by all paths of a view."""
 
     plans: dict[str, tuple[_Keyed, ...]]
     view_name: str | None
     marked: bool = False
-    kwargs: Mapping[str, Any] | None = None
 
 
 class Matcher:
@@ -155,11 +156,12 @@ class Matcher:
         self.further = sorted(frozenset().union(*(fields for _, fields in kept)) - {"ip", "path", "method"})
         keyed = [_Keyed(index, policy, fields, self.further) for index, (policy, fields) in enumerate(kept)]
         self._keyed = {entry.policy: entry for entry in keyed}
-        self._keeps_kwargs = any(entry.of_path for entry in keyed)
         self._methods = STANDARD_METHODS.union(*(policy.methods or () for policy in table))
         self._routes: dict[str, _Route] = {}
         self._views: dict[tuple[str, bool], _Route] = {}
         self._nowhere = _Route({}, None)
+        #: The path that was resolved last, with the view's keyword arguments: to keep those of all would take most memory.
+        self._latest: tuple[str, Mapping[str, Any]] = ("", {})
         self._resolve = _resolving()
         self._singles: list[tuple[int]] = []
 
@@ -176,56 +178,61 @@ class Matcher:
             plan = self._plan(route, method)
         if not plan:
             return ()
-        if len(plan) == 1:
-            number = self._key(plan[0], route, method, path, query, ip, further)
-            if number < 0:
-                return () if number == NONE else (number,)
-            singles = self._singles
-            while number >= len(singles):
-                singles.append((len(singles),))
-            return singles[number]
-        found = [self._key(keyed, route, method, path, query, ip, further) for keyed in plan]
-        return tuple([number for number in found if number != NONE])
-
-    def _key(
-        self, keyed: _Keyed, route: _Route, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
-    ) -> int:
-        made_of: Any
-        if keyed.by_address:
-            made_of = ip
-        elif keyed.constant:
-            made_of = None
-        else:
-            made_of = (
-                ip if keyed.of_address else "",
-                path if keyed.of_path else "",
-                query if keyed.of_query else "",
-                method if keyed.of_method else "",
-                *[further[place] for place in keyed.used],
-            )
-        number = keyed.known.get(made_of)
-        if number == _BY_ADDRESS:
-            made_of = (made_of, ip)
+        found = []
+        for keyed in plan:
+            made_of: Any
+            if keyed.by_address:
+                made_of = ip
+            elif keyed.by_path:
+                made_of = path
+            elif keyed.constant:
+                made_of = None
+            else:
+                made_of = (
+                    ip if keyed.of_address else "",
+                    path if keyed.of_path else "",
+                    query if keyed.of_query else "",
+                    method if keyed.of_method else "",
+                    *[further[place] for place in keyed.used],
+                )
             number = keyed.known.get(made_of)
+            if number is None or number == _BY_ADDRESS:
+                number = self._look_up(keyed, made_of, method, path, query, ip, further)
+            if number != NONE:
+                found.append(number)
+        if len(found) == 1 and found[0] >= 0:  # these are kept by the hundred thousand, so each is made once
+            singles = self._singles
+            while found[0] >= len(singles):
+                singles.append((len(singles),))
+            return singles[found[0]]
+        return tuple(found)
+
+    def _look_up(
+        self, keyed: _Keyed, made_of: Any, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
+    ) -> int:
+        with_address = (made_of, ip)
+        number = keyed.known.get(with_address)
         if number is None:
             if len(keyed.known) >= REMEMBERED:
                 keyed.known.clear()
-            number, by_address = self._find(keyed, route, method, query, ip, further)
+            number, by_address = self._find(keyed, method, path, query, ip, further)
             if by_address:
                 keyed.known[made_of] = _BY_ADDRESS
-                made_of = (made_of, ip)
+                made_of = with_address
             keyed.known[made_of] = number
         return number
 
     def _find(
-        self, keyed: _Keyed, route: _Route, method: str, query: str, ip: str | None, further: Sequence[Any]
+        self, keyed: _Keyed, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
     ) -> tuple[int, bool]:
         """The slot, and whether it is the address that decided where something else might have."""
         address = None if ip is None else parse_address(ip[:64])
         if address is None and keyed.policy.key.kind == "ip":
             return refused(keyed.index) if keyed.policy.missing == "reject" else NONE, False
         request = _Line(method, query, None if address is None else ip, zip(self.further, further, strict=True))
-        resolver = Resolver(request, route.kwargs or {}, _NOBODY_TRUSTED, "HTTP_X_FORWARDED_FOR")
+        resolver = Resolver(
+            request, self._kwargs(path) if keyed.of_path else {}, _NOBODY_TRUSTED, "HTTP_X_FORWARDED_FOR"
+        )
         asking = _answer(resolver.resolve((keyed.policy,)))
         if not asking:
             return NONE, False
@@ -235,6 +242,12 @@ class Matcher:
         by_address = keyed.falls_back and found.key.text.startswith(("ip:", "missing:ip:"))
         return self.slots.number(keyed.index, found), by_address
 
+    def _kwargs(self, path: str) -> Mapping[str, Any]:
+        if self._latest[0] != path:
+            match = self._resolve(path)
+            self._latest = (path, match.kwargs if match is not None else {})
+        return self._latest[1]
+
     def _route(self, path: str) -> _Route:
         if len(self._routes) >= REMEMBERED:
             self._routes.clear()
@@ -243,10 +256,8 @@ class Matcher:
             route = self._nowhere
         else:
             marked = bool(getattr(match.func, MARK, False))
-            shared = self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
-            route = shared
-            if self._keeps_kwargs and match.kwargs:
-                route = _Route(shared.plans, shared.view_name, marked, match.kwargs)
+            route = self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
+            self._latest = (path, match.kwargs)
         self._routes[path] = route
         return route
 

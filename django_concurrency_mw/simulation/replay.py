@@ -66,112 +66,110 @@ class Replay:
         self.figures = [Figures() for _ in rules.policies]
         #: Requests that some policy would have rejected.
         self.rejected = 0
+        nothing = bytes(4 * len(rules.slots))
         #: Slot -> its peak, where that is asked for.
-        self.peaks = array("I", bytes(4 * len(rules.slots))) if peaks else None
-        self._asked: dict[int, int] = {}
-        self._held: dict[int, int] = {}
+        self.peaks = array("i", nothing) if peaks else None
+        #: Slot -> in flight: as the log was, and of those who were let in.
+        self._asked, self._held = array("i", nothing), array("i", nothing)
         self._totals = [0] * len(rules.policies)
         self._ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        #: By policy: what the present window's entry will be, and when the window is over.
+        self._now = [[0, 0] for _ in rules.policies]
+        self._until = -_FOREVER
 
     def run(self, arrivals: Iterable[Arrival]) -> None:
         """The next ones, in order."""
-        rules, ends, asked, held, totals = self._rules, self._ends, self._asked, self._held, self._totals
-        policy_of, costs, least_cap, peaks = rules.slots.policies, rules.costs, rules.least_cap, self.peaks
-        window, origin, figures = self._window, self._origin, self.figures
+        ends, asked, held, totals = self._ends, self._asked, self._held, self._totals
+        policy_of, limits, costs = self._rules.slots.policies, self._rules.slots.limits, self._rules.costs
+        figures, peaks, least_cap = self.figures, self.peaks, self._rules.least_cap
         for start, _, end, slots in arrivals:
             while ends and ends[0][0] <= start:
                 _, were_asked, were_held = heappop(ends)
                 for slot in were_asked:
                     policy = policy_of[slot]
-                    cost = costs[policy]
-                    totals[policy] -= cost
-                    left = asked[slot] - cost
-                    if left:
-                        asked[slot] = left
-                    else:
-                        del asked[slot]
+                    totals[policy] -= costs[policy]
+                    asked[slot] -= costs[policy]
                 for slot in were_held:
-                    left = held[slot] - costs[policy_of[slot]]
-                    if left:
-                        held[slot] = left
-                    else:
-                        del held[slot]
-            at = (start - origin) // window
-            got = self._admit(slots, at)
-            if min(slots) < 0:
-                slots = tuple([slot for slot in slots if slot >= 0])
+                    held[slot] -= costs[policy_of[slot]]
+            if start >= self._until:
+                self._turn(start)
+            for slot in slots:
+                if slot < 0 or held[slot] + costs[policy_of[slot]] > limits[slot]:
+                    got = self._decide(slots)
+                    slots = tuple([slot for slot in slots if slot >= 0])
+                    break
+            else:
+                got = slots
+            for slot in got:
+                count = held[slot] = held[slot] + costs[policy_of[slot]]
+                found = figures[policy_of[slot]]
+                if count > found.admitted:
+                    found.admitted = count
+            now = self._now
             for slot in slots:
                 policy = policy_of[slot]
-                cost, found = costs[policy], figures[policy]
+                found = figures[policy]
                 found.requests += 1
-                total = totals[policy] = totals[policy] + cost
-                count = asked[slot] = asked.get(slot, 0) + cost
+                total = totals[policy] = totals[policy] + costs[policy]
+                count = asked[slot] = asked[slot] + costs[policy]
                 if total > found.total:
                     found.total = total
-                if count > found.peak:
-                    found.peak = count
+                if count > now[policy][1]:
+                    now[policy][1] = count
                 if peaks is not None and count > peaks[slot]:
                     peaks[slot] = count
-                seen = found.windows.get(at)
-                if seen is None:
-                    found.windows[at] = [0, count]
-                elif count > seen[1]:
-                    seen[1] = count
             if end - start <= least_cap:
                 heappush(ends, (end, slots, got))
             else:
                 self._push_capped(start, end, slots, got)
 
-    def _admit(self, slots: tuple[int, ...], at: int) -> tuple[int, ...]:
-        """Those that the request comes to hold."""
+    def finish(self) -> None:
+        """All arrivals were there."""
+        self._turn(None)
+        for found in self.figures:
+            found.peak = max((peak for _, peak in found.windows.values()), default=0)
+
+    def _turn(self, start: int | None) -> None:
+        """The window is over; the one of this arrival begins."""
+        at = (self._until - self._origin) // self._window - 1
+        for found, now in zip(self.figures, self._now, strict=True):
+            if now[0] or now[1]:
+                found.windows[at] = now
+        self._now = [[0, 0] for _ in self.figures]
+        if start is not None:
+            self._until = start - (start - self._origin) % self._window + self._window
+
+    def _decide(self, slots: tuple[int, ...]) -> tuple[int, ...]:
+        """Not all of them are free: those that the request comes to hold all the same."""
         rules, held = self._rules, self._held
         policy_of, limits, costs, blocks = rules.slots.policies, rules.slots.limits, rules.costs, rules.blocks
-        if len(slots) == 1 and slots[0] >= 0:  # most are
-            (slot,) = slots
-            policy = policy_of[slot]
-            count = held.get(slot, 0) + costs[policy]
-            if count > limits[slot]:
-                self._reject(slots, at, blocks[policy])
-                return ()
-            held[slot] = count
-            if count > self.figures[policy].admitted:
-                self.figures[policy].admitted = count
-            return slots
         missing = [slot for slot in slots if slot < 0]
         if missing:
-            self._reject(missing, at, True)
-            return ()
-        blocking = [slot for slot in slots if blocks[policy_of[slot]]]
-        hopeless = [slot for slot in blocking if 0 < limits[slot] < costs[policy_of[slot]]]
-        full = hopeless or [slot for slot in blocking if held.get(slot, 0) + costs[policy_of[slot]] > limits[slot]]
-        if full:
-            self._reject(full, at, True)
-            return ()
-        got, over = [], []
-        for slot in slots:
-            policy = policy_of[slot]
-            count = held.get(slot, 0) + costs[policy]
-            if count > limits[slot]:  # a shadow policy's
-                over.append(slot)
-                continue
-            held[slot] = count
-            got.append(slot)
-            if count > self.figures[policy].admitted:
-                self.figures[policy].admitted = count
-        if over:
-            self._reject(over, at, False)
-        return tuple(got)
+            return self._reject(missing)
+        full = [slot for slot in slots if held[slot] + costs[policy_of[slot]] > limits[slot]]
+        refusing = [slot for slot in full if blocks[policy_of[slot]]]
+        if refusing:
+            # What can never be let in is known before any store is asked.
+            hopeless = [slot for slot in refusing if 0 < limits[slot] < costs[policy_of[slot]]]
+            return self._reject(hopeless or refusing)
+        self._count(full)  # shadow policies'
+        return tuple([slot for slot in slots if slot not in full])
 
-    def _reject(self, slots: Sequence[int], at: int, turned_away: bool) -> None:
-        self.rejected += turned_away
+    def _reject(self, slots: Sequence[int]) -> tuple[int, ...]:
+        self.rejected += 1
+        self._count(slots)
+        return ()
+
+    def _count(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            found = self.figures[refused(slot) if slot < 0 else self._rules.slots.policies[slot]]
+            policy = refused(slot) if slot < 0 else self._rules.slots.policies[slot]
+            found = self.figures[policy]
             found.over += 1
+            self._now[policy][0] += 1
             if slot < 0:
                 found.requests += 1
             else:
                 found.keys[slot] += 1
-            found.windows.setdefault(at, [0, 0])[0] += 1
 
     def _push_capped(self, start: int, end: int, slots: tuple[int, ...], got: tuple[int, ...]) -> None:
         """Each slot with its own end: some are over before the request is."""
@@ -186,3 +184,4 @@ def exactly(records: Iterable[Record], replay: Replay, step: Callable[[int], obj
     while together := list(islice(records, TOGETHER)):
         replay.run([(start, number, start + length, slots) for start, number, length, slots in together])
         step(len(together))
+    replay.finish()

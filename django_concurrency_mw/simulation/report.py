@@ -1,7 +1,8 @@
 """The report: what the replays found, as figures for people and programs.
 
 A figure has a median, a lowest and a highest value. Of an exact log all three are one. Of whole seconds they are those of the
-draws (see `spreading`), and the range goes as far as a tenth draw would in 99 of 100 cases, and to the evenly spread one.
+draws (see `spreading`), and the range goes as far as one more draw would in 999 of 1,000 cases, and to the figures of requests
+that come evenly and in batches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..outcomes import UNLIMITED
 from ..policies import Policy
 from .matching import Slots
 from .replay import Figures, Replay
-from .spreading import AT_ONCE, EVENLY, SEEDS
+from .spreading import AT_ONCE, BATCHES, SEEDS
 from .stamps import SECOND, readable
 
 Figure = dict[str, int]
@@ -26,8 +27,9 @@ Figure = dict[str, int]
 KEYS = 10
 #: Windows of a log that a report should have about, and has at most.
 ABOUT, MOST_WINDOWS = 60, 20_000
-#: Student's t with 8 degrees of freedom, 99 %, for one more draw than the nine.
-_WIDTH = 3.355 * sqrt(1 + 1 / SEEDS)
+#: Student's t with 8 degrees of freedom, 99.9 %, for one more draw than the nine. The truth is such a draw where requests come
+#: independently of each other.
+_WIDTH = 5.041 * sqrt(1 + 1 / SEEDS)
 
 #: Seconds that windows are made of by default.
 _NICE = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
@@ -43,8 +45,8 @@ def figure(values: Sequence[int], most: int | None = None) -> Figure:
     """Of one replay, or of all ways of spreading, in their order. Never above `most`."""
     if len(values) == 1:
         return {"median": values[0], "low": values[0], "high": values[0]}
-    drawn = values[:SEEDS]
-    low, high = min(*drawn, values[EVENLY]), max(*drawn, values[EVENLY])
+    drawn, all_ways = values[:SEEDS], values[: BATCHES + 1]
+    low, high = min(all_ways), max(all_ways)
     mean, spread = sum(drawn) / SEEDS, stdev(drawn) * _WIDTH
     low, high = max(0, min(low, floor(mean - spread))), max(high, ceil(mean + spread))
     return {"median": median_low(drawn), "low": low, "high": high if most is None else min(high, most)}

@@ -6,16 +6,18 @@ import heapq
 import marshal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from struct import Struct
+from typing import Any, BinaryIO
 
 #: Records that are in memory at once, before they are written as a run.
-RUN = 100_000
+RUN = 40_000
 #: Records that are read of a run at once.
-CHUNK = 500
+CHUNK = 250
 #: Runs that are open at once; where there are more they are merged into a longer one first.
 MOST_RUNS = 64
 
 Record = tuple[Any, ...]
+_LENGTH = Struct("Q")
 
 
 class Sorter:
@@ -72,17 +74,19 @@ class Sorter:
             for record in records:
                 chunk.append(record)
                 if len(chunk) == CHUNK:
-                    marshal.dump(chunk, file)
+                    _put(chunk, file)
                     chunk = []
-            marshal.dump(chunk, file)
+            _put(chunk, file)
         return path
+
+
+def _put(chunk: list[Record], file: BinaryIO) -> None:
+    data = marshal.dumps(chunk, 2)  # without references: to look for them takes longer
+    file.write(_LENGTH.pack(len(data)))
+    file.write(data)
 
 
 def _read(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
-        while True:
-            try:
-                chunk = marshal.load(file)  # our own, of this very run
-            except EOFError:
-                return
-            yield from chunk
+        while length := file.read(_LENGTH.size):
+            yield from marshal.loads(file.read(*_LENGTH.unpack(length)))  # our own, of this very run

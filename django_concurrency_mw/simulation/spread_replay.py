@@ -26,6 +26,8 @@ def in_all_ways(records: Iterable[tuple[Any, ...]], replays: Sequence[Replay], s
             together, until = [], record[0] + STRETCH
         together.append(record)
     _advance(together, waiting, replays, None)
+    for replay in replays:
+        replay.finish()
     step(len(together))
 
 

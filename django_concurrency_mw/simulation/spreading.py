@@ -17,9 +17,11 @@ from .stamps import SECOND
 
 #: Independent draws.
 SEEDS = 9
-#: The ways of spreading: the draws, evenly over the second, and all at once.
-WAYS = SEEDS + 2
-EVENLY, AT_ONCE = SEEDS, SEEDS + 1
+#: How many come together where they come in batches, as the parts of a page do.
+BATCH = 3
+#: The ways of spreading: the draws, evenly over the second, in batches, and all at once.
+WAYS = SEEDS + 3
+EVENLY, BATCHES, AT_ONCE = SEEDS, SEEDS + 1, SEEDS + 2
 #: Seconds that are open at once: several processes of a server may write past each other.
 OPEN = 3
 
@@ -62,5 +64,8 @@ class Spreader:
                 column.sort()
             columns.append(column)
         evenly = [(2 * rank + 1) * SECOND // (2 * count) for rank in range(count)]
-        for record, *instants in zip(lines, *columns, evenly, repeat(SECOND // 2), strict=False):
+        draw = self._draws[0]
+        batches = sorted(int(draw.random() * SECOND) for _ in range(0, count, BATCH))
+        in_batches = [batches[rank // BATCH] for rank in range(count)]
+        for record, *instants in zip(lines, *columns, evenly, in_batches, repeat(SECOND // 2), strict=False):
             yield (*record, _OFFSETS.pack(*instants))

@@ -15,10 +15,10 @@ from .formats import FORMATS, Format, FormatError, Layout, Parser, Raw, Wanted, 
 from .stamps import UNITS, microseconds
 
 _QUOTED = r'[^"\\]*(?:\\.[^"\\]*)*'
-_BARE = r"[-\d.]+(?:(?:,| :) [-\d.]+)+|[^\s\"]*"
+_BARE = r"[-\d.]++(?:(?:,| :) [-\d.]+)+|[^\s\"]*"
 #: Groups: address, user, stamp, method, target, status, referer, agent.
 _COMBINED = (
-    r"(\S+) \S+ ([^\[]*?) \[([^\]]+)\] "
+    r"(\S+) \S+ ([^\[]*) \[([^\]]+)\] "
     rf'"(?:([!-~]+) ([^\s"\\]*(?:\\.[^\s"\\]*)*) HTTP/[0-9.]+|{_QUOTED})" '
     rf'(\d{{3}}|-) \S+(?: "({_QUOTED})" "({_QUOTED})")?'
 )
