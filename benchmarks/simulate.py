@@ -75,7 +75,9 @@ def measure(log: str, policies: str, profile: bool) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     used = resource.getrusage(resource.RUSAGE_SELF)
     took = f"{perf_counter() - began:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of a processor"
-    print(f"{Path(log).name}: {took}, {used.ru_maxrss / 1024:.0f} MB resident at most")
+    # ru_maxrss has the process that started this one in it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(f"{Path(log).name}: {took}, {int(status['VmHWM'].split()[0]) / 1024:.0f} MB resident at most")
 
 
 def main() -> None:

@@ -149,7 +149,9 @@ def _tell(document: Mapping[str, Any], out: Output) -> None:
             _tell_rejections(entry, document, out)
     if document["not_replayable"]:
         rows = [(entry["policy"], "; ".join(entry["missing"])) for entry in document["not_replayable"]]
-        out.table(("policy", "what is missing"), rows, "Not replayable, so left out as if they were not there")
+        out.line()
+        out.line("not replayable, so left out as if they were not there:", "bold")
+        out.table(("policy", "what is missing"), rows)
 
 
 def _about(log: Mapping[str, Any]) -> Iterator[str]:
@@ -177,12 +179,11 @@ def _about(log: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tell_policies(document: Mapping[str, Any], out: Output) -> None:
-    columns = ["policy", ">limit", ">requests", ">peak on a key", ">peak in total", ">would be rejected"]
-    whole, suggests = document["log"]["whole_seconds"], "suggested" in document["policies"][0]
-    if whole:
-        columns += [">if seconds came at once"]
-    if suggests:
-        columns += [">suggested limit"]
+    whole = document["log"]["whole_seconds"]
+    shares = [100 * entry["suggested"]["share"] for entry in document["policies"] if entry.get("suggested")]
+    columns = ["policy", ">limit", ">requests", ">peak", ">in total", ">rejected"]
+    columns += [">at once"] if whole else []
+    columns += [f">P{shares[0]:g}"] if shares else []
     rows = []
     for entry in document["policies"]:
         row = [
@@ -194,17 +195,22 @@ def _tell_policies(document: Mapping[str, Any], out: Output) -> None:
         if whole:
             together = entry["if_each_second_came_at_once"]
             row.append(f"{together['peak']:,}, {together['rejected']:,}")
-        if suggests:
-            row.append(_figure(entry["suggested"]["limit"]) if entry["suggested"] else "no keys")
+        if shares:
+            row.append(_figure(entry["suggested"]["limit"]) if entry["suggested"] else "-")
         rows.append(row)
     out.table(columns, rows)
     out.line(
+        "peak, in total: in flight on one key, and on all of them, as the log has it. rejected: what these limits would do"
+    )
+    if whole:
+        out.line("at once: peak and rejected, if the requests of each second had come all at once")
+    if shares:
+        out.line(
+            f"P{shares[0]:g}: the smallest limit under which {shares[0]:g} of 100 keys would never have been rejected"
+        )
+    out.line(
         f"{_figure(document['rejected'])} of {document['requests']:,} requests with a policy would have been rejected"
     )
-    if suggests:
-        shares = [entry["suggested"]["share"] for entry in document["policies"] if entry["suggested"]]
-        if shares:
-            out.line(f"Under the suggested limit {100 * shares[0]:g} of 100 keys would never have been rejected")
 
 
 def _tell_rejections(entry: Mapping[str, Any], document: Mapping[str, Any], out: Output) -> None:
@@ -224,7 +230,7 @@ def _tell_rejections(entry: Mapping[str, Any], document: Mapping[str, Any], out:
         out.line(f"and {len(bars) - MOST_BARS:,} more; a longer --window has fewer")
     if entry["keys"]:
         rows = [(one["key"], _limit(one["limit"]), _figure(one["rejected"])) for one in entry["keys"]]
-        out.table(("key", ">limit", ">would be rejected"), rows)
+        out.table(("key", ">limit", ">rejected"), rows)
 
 
 def _width(seconds: float) -> str:
@@ -241,4 +247,4 @@ def _limit(limit: int | None) -> str:
 def _figure(figure: Mapping[str, int]) -> str:
     if figure["low"] == figure["high"]:
         return f"{figure['median']:,}"
-    return f"{figure['median']:,} ({figure['low']:,} to {figure['high']:,})"
+    return f"{figure['median']:,} ({figure['low']:,}-{figure['high']:,})"

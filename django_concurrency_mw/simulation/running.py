@@ -52,7 +52,7 @@ def simulate(paths: Sequence[str], table: PolicyTable, options: Options, progres
 
 @contextmanager
 def _seldom_collecting() -> Iterator[None]:
-    """Hundreds of thousands of tuples are made, and no cycles: to look for those again and again would take a quarter longer."""
+    """Hundreds of thousands of tuples are made, and no cycles: to look for those all the time takes a while."""
     before = gc.get_threshold()
     gc.set_threshold(200_000, 50, 50)
     try:
