@@ -337,7 +337,7 @@ def test_one_regular_expression_reads_what_the_apachelogs_package_reads() -> Non
     """Lines made at random: the same address, stamp, request, status, agent and duration."""
     theirs = apachelogs.LogParser(apachelogs.COMBINED + " %D")
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(
         ip=st.ip_addresses(),
         user=st.sampled_from(["-", "ada", "ada@example.com"]),
@@ -836,6 +836,15 @@ def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:
         assert matcher.ask(f"M{number}", "/told/7/", "203.0.113.9", ()) == (0,)
     assert all(not route.plans for route in matcher._routes.values())
     slots.close()
+
+
+def test_the_page_names_every_format_its_line_and_every_option(root: Path) -> None:
+    page = (root / "docs" / "simulate.md").read_text()
+    for row in FORMATS.values():
+        assert f"`{row.name}`" in page
+        assert f"\n{row.line}\n" in page
+    for option in ("policies", "window", "suggest", "format", "field", "unit", "stamp", "assume-duration", "json"):
+        assert f"--{option}" in page
 
 
 def test_escapes_are_bytes() -> None:

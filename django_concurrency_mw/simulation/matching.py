@@ -95,15 +95,17 @@ class Slots:
         self._texts.close()
 
 
+#: What a policy's key is made of.
+_CONSTANT, _BY_IP, _BY_PATH, _GENERAL = range(4)
+
+
 class _Keyed:
     """A policy with what its key is made of, and the keys that were met."""
 
     __slots__ = (
-        "by_address",
-        "by_path",
-        "constant",
         "falls_back",
         "index",
+        "kind",
         "known",
         "of_address",
         "of_method",
@@ -121,17 +123,23 @@ class _Keyed:
         #: Always, or only where the key has no value of its own.
         self.of_address = "ip" in roots or bool(policy.except_ips)
         self.falls_back = "ip" in needs and not self.of_address
-        simple = not (self.of_path or self.of_query or self.of_method or self.used)
-        self.by_address, self.constant = simple and self.of_address, simple and not self.of_address
-        self.by_path = self.of_path and not (self.of_address or self.of_query or self.of_method or self.used)
+        further_ones = self.of_query or self.of_method or bool(self.used)
+        if further_ones or (self.of_path and self.of_address):
+            self.kind = _GENERAL
+        else:
+            self.kind = _BY_PATH if self.of_path else _BY_IP if self.of_address else _CONSTANT
         self.known: dict[Any, int] = {}
+
+
+#: What is looked at for each policy of a view: the keys that were met are found without asking for them.
+Plan = tuple[tuple[_Keyed, dict[Any, int], int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Route:
     """Where paths lead, and the plans by method; shared by all paths of a view."""
 
-    plans: dict[str, tuple[_Keyed, ...]]
+    plans: dict[str, Plan]
     view_name: str | None
     marked: bool = False
 
@@ -179,13 +187,13 @@ class Matcher:
         if not plan:
             return ()
         found = []
-        for keyed in plan:
+        for keyed, known, kind in plan:
             made_of: Any
-            if keyed.by_address:
+            if kind == _BY_IP:
                 made_of = ip
-            elif keyed.by_path:
+            elif kind == _BY_PATH:
                 made_of = path
-            elif keyed.constant:
+            elif kind == _CONSTANT:
                 made_of = None
             else:
                 made_of = (
@@ -195,7 +203,7 @@ class Matcher:
                     method if keyed.of_method else "",
                     *[further[place] for place in keyed.used],
                 )
-            number = keyed.known.get(made_of)
+            number = known.get(made_of)
             if number is None or number == _BY_ADDRESS:
                 number = self._look_up(keyed, made_of, method, path, query, ip, further)
             if number != NONE:
@@ -261,11 +269,11 @@ class Matcher:
         self._routes[path] = route
         return route
 
-    def _plan(self, route: _Route, method: str) -> tuple[_Keyed, ...]:
+    def _plan(self, route: _Route, method: str) -> Plan:
         assert route.view_name is not None
         method = method.upper()
         plan = tuple(
-            self._keyed[policy]
+            (self._keyed[policy], self._keyed[policy].known, self._keyed[policy].kind)
             for policy in self._table.match(route.view_name, method)
             if policy in self._keyed and not (route.marked and policy.overridable)
         )

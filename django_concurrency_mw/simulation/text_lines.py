@@ -14,12 +14,12 @@ from ..exceptions import did_you_mean, shown
 from .formats import FORMATS, Format, FormatError, Layout, Parser, Raw, Wanted, unit_in_microseconds, without_duration
 from .stamps import UNITS, microseconds
 
-_QUOTED = r'[^"\\]*(?:\\.[^"\\]*)*'
+_QUOTED = r'[^"\\]*+(?:\\.[^"\\]*+)*+'
 _BARE = r"[-\d.]++(?:(?:,| :) [-\d.]+)+|[^\s\"]*"
 #: Groups: address, user, stamp, method, target, status, referer, agent.
 _COMBINED = (
-    r"(\S+) \S+ ([^\[]*) \[([^\]]+)\] "
-    rf'"(?:([!-~]+) ([^\s"\\]*(?:\\.[^\s"\\]*)*) HTTP/[0-9.]+|{_QUOTED})" '
+    r"(\S++) \S++ ([^\[]*) \[([^\]]++)\] "
+    rf'"(?:([!-~]+) ([^\s"\\]*+(?:\\.[^\s"\\]*+)*+) HTTP/[0-9.]+|{_QUOTED})" '
     rf'(\d{{3}}|-) \S+(?: "({_QUOTED})" "({_QUOTED})")?'
 )
 _BEGINNING = re.compile(_COMBINED)
