@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from django_concurrency_mw.backends import BackendConfig, memory
 from django_concurrency_mw.keys import make_key, masked
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot
-from django_concurrency_mw.simulation import matching, running, text_lines
+from django_concurrency_mw.simulation import matching, report, running, text_lines
 from django_concurrency_mw.simulation.formats import FORMATS, Wanted, recognise
 from django_concurrency_mw.simulation.sorting import Sorter
 from django_concurrency_mw.simulation.stamps import duration, microseconds, upstream
@@ -249,6 +249,12 @@ def test_a_cost_that_no_limit_allows_and_a_limit_of_nothing(simulate: Simulate) 
     assert [exact(entry["rejected"]) for entry in only] == [1, 0], "what can never be let in asks no other policy"
 
 
+def test_peaks_are_sums_of_costs(simulate: Simulate) -> None:
+    after_each_other = [Arrival(100 * number, 50) for number in range(5)]
+    (entry,) = simulate(msec_log(after_each_other), told(cost=3))["policies"]
+    assert [exact(entry[name]) for name in ("peak", "peak_in_total", "peak_admitted")] == [3, 3, 3]
+
+
 def test_a_slot_ends_with_its_lease_where_nobody_renews_it(simulate: Simulate) -> None:
     arrivals = [Arrival(0, 5000), Arrival(2500, 100)]
     fixed = told(max_concurrent=1, ttl=2, renew=False)
@@ -310,6 +316,22 @@ def test_taken_as_they_stand_whole_seconds_would_be_far_off(simulate: Simulate) 
     assert at_once > 2 * really
     assert 4 * abs(spread["rejected"]["median"] - really) < at_once - really
     assert spread["rejected"]["high"] < at_once
+
+
+def test_the_order_of_the_lines_is_that_of_the_ends(simulate: Simulate) -> None:
+    """A long request ends before a short one begins, in the same second: drawn at random they would overlap half the time."""
+    arrivals = [Arrival(2000 * number + start, took) for number in range(30) for start, took in ((50, 700), (900, 1))]
+    (entry,) = simulate(seconds_log(arrivals), told(max_concurrent=1))["policies"]
+    assert entry["rejected"]["median"] == 0
+
+
+def test_a_range_goes_as_far_as_one_more_draw_might_and_covers_the_other_ways() -> None:
+    drawn = [100, 101, 99, 100, 102, 98, 100, 101, 99]
+    found = report.figure([*drawn, 100, 100, 10_000])
+    assert (found["median"], found["low"], found["high"]) == (100, 93, 107)
+    assert report.figure([*drawn, 80, 130, 10_000]) == {"median": 100, "low": 80, "high": 130}
+    assert report.figure([*drawn, 100, 100, 10_000], 103)["high"] == 103
+    assert report.figure([7] * 12) == {"median": 7, "low": 7, "high": 7}
 
 
 def test_of_bursts_within_a_second_the_truth_lies_at_or_below_what_comes_at_once(simulate: Simulate) -> None:
@@ -432,6 +454,7 @@ def test_the_servers_own_time_begins_when_nginx_had_the_request(simulate: Simula
     lines = "".join(
         combined(Arrival(0, 0), 0, f" 10.000 0.100 {(START + 10_000 + 100 * number) / 1000:.3f}") for number in range(3)
     )
+    lines += combined(Arrival(0, 0), 0, f" 5.000 0.100 {(START + 10_250) / 1000:.3f}")
     (entry,) = simulate(lines, told())["policies"]
     assert exact(entry["peak"]) == 1
 
@@ -692,6 +715,25 @@ def test_header_and_session_values_are_masked(key: str, field: str, stored: str,
     assert "gold" not in json.dumps(document)
 
 
+def test_what_a_key_is_made_of_is_not_mixed_up(simulate: Simulate) -> None:
+    """Each part of a key tells two lines apart, though all that was met is remembered."""
+    lines = [
+        LINE,
+        LINE.replace(".9 ", ".8 "),
+        LINE.replace("/7/", "/6/"),
+        LINE.replace("POST", "GET"),
+        LINE.replace("=2", "=3"),
+    ]
+    log = "".join(f"{line} 0.250 uid=1\n" for line in [*lines, *lines]) + f"{LINE} 0.250 uid=2\n"
+    everything = told(key="{ip}/{kwargs.pk}/{method}/{get.page}/{user.pk}", max_concurrent=0)
+    (entry,) = simulate(log, everything, "--field", "user=uid")["policies"]
+    assert sorted(key["rejected"]["median"] for key in entry["keys"]) == [1, 2, 2, 2, 2, 2]
+    assert [key["key"] for key in simulate(log, told(key="get:nothing", max_concurrent=0))["policies"][0]["keys"]] == [
+        "missing:ip:203.0.113.9",
+        "missing:ip:203.0.113.8",
+    ]
+
+
 def test_who_is_anonymous_is_told_by_the_field(simulate: Simulate) -> None:
     log = f"{LINE} 0.250 uid=42\n{LINE} 0.250 uid=7\n{LINE} 0.250 uid=-\n"
 
@@ -706,8 +748,10 @@ def test_who_is_anonymous_is_told_by_the_field(simulate: Simulate) -> None:
 
 
 def test_a_missing_key_that_rejects_is_a_rejection(simulate: Simulate) -> None:
-    document = simulate(f"{LINE} 0.250\n", told(key="get:nothing", missing="reject"))
-    assert exact(document["rejected"]) == exact(document["policies"][0]["rejected"]) == 1
+    table = {"all": TABLE["all"]} | told(key="get:nothing", missing="reject")
+    document = simulate(f"{LINE} 0.250\n", table)
+    assert exact(document["rejected"]) == 1
+    assert [exact(entry["rejected"]) for entry in document["policies"]] == [0, 1]
     assert exact(simulate(f"{LINE} 0.250\n", told(key="get:nothing", missing="skip"))["rejected"]) == 0
 
 

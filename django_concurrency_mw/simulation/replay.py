@@ -71,7 +71,8 @@ class Replay:
         self.peaks = array("i", nothing) if peaks else None
         #: Slot -> in flight: as the log was, and of those who were let in.
         self._asked, self._held = array("i", nothing), array("i", nothing)
-        self._totals = [0] * len(rules.policies)
+        #: By policy: in flight as the log was, the most of that, the most on one key of who was let in, and requests.
+        self._totals, self._most, self._admitted, self._requests = ([0] * len(rules.policies) for _ in range(4))
         self._ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         #: By policy: what the present window's entry will be, and when the window is over.
         self._now = [[0, 0] for _ in rules.policies]
@@ -81,7 +82,8 @@ class Replay:
         """The next ones, in order."""
         ends, asked, held, totals = self._ends, self._asked, self._held, self._totals
         policy_of, limits, costs = self._rules.slots.policies, self._rules.slots.limits, self._rules.costs
-        figures, peaks, least_cap = self.figures, self.peaks, self._rules.least_cap
+        peaks, least_cap = self.peaks, self._rules.least_cap
+        requests, most, admitted = self._requests, self._most, self._admitted
         for start, _, end, slots in arrivals:
             while ends and ends[0][0] <= start:
                 _, were_asked, were_held = heappop(ends)
@@ -93,6 +95,7 @@ class Replay:
                     held[slot] -= costs[policy_of[slot]]
             if start >= self._until:
                 self._turn(start)
+            now = self._now
             for slot in slots:
                 if slot < 0 or held[slot] + costs[policy_of[slot]] > limits[slot]:
                     got = self._decide(slots)
@@ -101,19 +104,18 @@ class Replay:
             else:
                 got = slots
             for slot in got:
-                count = held[slot] = held[slot] + costs[policy_of[slot]]
-                found = figures[policy_of[slot]]
-                if count > found.admitted:
-                    found.admitted = count
-            now = self._now
+                policy = policy_of[slot]
+                count = held[slot] = held[slot] + costs[policy]
+                if count > admitted[policy]:
+                    admitted[policy] = count
             for slot in slots:
                 policy = policy_of[slot]
-                found = figures[policy]
-                found.requests += 1
-                total = totals[policy] = totals[policy] + costs[policy]
-                count = asked[slot] = asked[slot] + costs[policy]
-                if total > found.total:
-                    found.total = total
+                cost = costs[policy]
+                requests[policy] += 1
+                total = totals[policy] = totals[policy] + cost
+                if total > most[policy]:
+                    most[policy] = total
+                count = asked[slot] = asked[slot] + cost
                 if count > now[policy][1]:
                     now[policy][1] = count
                 if peaks is not None and count > peaks[slot]:
@@ -126,8 +128,10 @@ class Replay:
     def finish(self) -> None:
         """All arrivals were there."""
         self._turn(None)
-        for found in self.figures:
+        for policy, found in enumerate(self.figures):
             found.peak = max((peak for _, peak in found.windows.values()), default=0)
+            found.total, found.admitted = self._most[policy], self._admitted[policy]
+            found.requests += self._requests[policy]
 
     def _turn(self, start: int | None) -> None:
         """The window is over; the one of this arrival begins."""
