@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -869,6 +870,25 @@ def test_short_runs_and_a_short_memory_give_the_same_report(
             patch.setattr(matching, "REMEMBERED", 2)
             patch.setattr(running, "Sorter", lambda directory, run: Sorter(directory, 13))
             assert simulate(write(arrivals), TABLE, "--suggest", "P99")["policies"] == usual["policies"]
+
+
+def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
+    """Paths with and without a view, keys with and without a value."""
+    from django_concurrency_mw.loader import load_policies
+
+    slots = matching.Slots(tmp_path)
+    table = {**TABLE, "page": {"url_names": ["*"], "key": "get:page", "max_concurrent": 1}}
+    matcher = matching.Matcher(load_policies({"policies": table}), frozenset({"ip"}), slots)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(50):
+            for target in (f"/told/{number}/?page={number}", f"/nowhere/{number}/", f"/told/{number}-/"):
+                matcher.ask("GET", target, f"203.0.113.{number}", ())
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
+    slots.close()
 
 
 def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:

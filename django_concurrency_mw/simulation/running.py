@@ -43,7 +43,7 @@ def simulate(paths: Sequence[str], table: PolicyTable, options: Options, progres
         for path in paths:
             sources.append(Source(path))
         layout = recognise(sources[0].sample(), options.wanted)
-        with _seldom_collecting(), tempfile.TemporaryDirectory(prefix="concurrency-simulate-") as directory:
+        with _without_collecting(), tempfile.TemporaryDirectory(prefix="concurrency-simulate-") as directory:
             return _simulate(sources, layout, table, options, Path(directory), progress)
     finally:
         for source in sources:
@@ -51,14 +51,15 @@ def simulate(paths: Sequence[str], table: PolicyTable, options: Options, progres
 
 
 @contextmanager
-def _seldom_collecting() -> Iterator[None]:
-    """Hundreds of thousands of tuples are made, and no cycles: to look for those all the time takes a while."""
-    before = gc.get_threshold()
-    gc.set_threshold(200_000, 50, 50)
+def _without_collecting() -> Iterator[None]:
+    """Millions of tuples are made, and no cycles: to look for those again and again would take a third longer."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        if enabled:
+            gc.enable()
 
 
 def _simulate(
