@@ -26,6 +26,7 @@ from django_concurrency_mw.keys import make_key, masked
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot
 from django_concurrency_mw.simulation import matching, report, running, text_lines
 from django_concurrency_mw.simulation.formats import FORMATS, Wanted, recognise
+from django_concurrency_mw.simulation.slots import Slots
 from django_concurrency_mw.simulation.sorting import Sorter
 from django_concurrency_mw.simulation.stamps import duration, microseconds, upstream
 
@@ -876,7 +877,7 @@ def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
     """Paths with and without a view, keys with and without a value."""
     from django_concurrency_mw.loader import load_policies
 
-    slots = matching.Slots(tmp_path)
+    slots = Slots(tmp_path)
     table = {**TABLE, "page": {"url_names": ["*"], "key": "get:page", "max_concurrent": 1}}
     matcher = matching.Matcher(load_policies({"policies": table}), frozenset({"ip"}), slots)
     gc.collect()
@@ -894,7 +895,7 @@ def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
 def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:
     from django_concurrency_mw.loader import load_policies
 
-    slots = matching.Slots(tmp_path)
+    slots = Slots(tmp_path)
     matcher = matching.Matcher(load_policies({"policies": told()}), frozenset({"ip"}), slots)
     for number in range(50):
         assert matcher.ask(f"M{number}", "/told/7/", "203.0.113.9", ()) == (0,)

@@ -6,12 +6,9 @@ never made up: a policy that needs it is left out, with what it needs.
 
 from __future__ import annotations
 
-from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
@@ -22,13 +19,14 @@ from django.urls import Resolver404, get_resolver
 from django.utils.encoding import repercent_broken_unicode
 
 from ..client import TrustedProxies, parse_address
-from ..keys import Resolver, limits_of
+from ..keys import Resolver
 from ..keyspec import Part
 from ..limiter import MARK
-from ..outcomes import UNLIMITED, Asked, KeyMissing
+from ..outcomes import Asked, KeyMissing
 from ..policies import STANDARD_METHODS, Policy, PolicyTable
 from ..steps import Ask, Steps
 from .formats import canonical
+from .slots import Slots
 
 #: Paths, and keys of one policy, that are remembered.
 REMEMBERED: Final = 150_000
@@ -51,48 +49,6 @@ class LeftOut:
 
     policy: str
     missing: tuple[str, ...]
-
-
-class Slots:
-    """Every key of every policy that was met, as a number: its policy, its limit, and its text, which lies on disk."""
-
-    def __init__(self, directory: Path) -> None:
-        self.policies = array("H")
-        self.limits = array("q")
-        #: Does `per_key` give it a limit of its own?
-        self.own = array("b")
-        self._numbers: dict[int, dict[bytes, int]] = defaultdict(dict)
-        self._texts = (directory / "keys").open("w+b")
-        self._places = array("Q", [0])
-
-    def __len__(self) -> int:
-        return len(self.policies)
-
-    def number(self, policy: int, asked: Asked) -> int:
-        """Of this key."""
-        numbers = self._numbers[policy]
-        found = numbers.get(asked.key.digest)
-        if found is None:
-            found = numbers[asked.key.digest] = len(self.policies)
-            self.policies.append(policy)
-            self.limits.append(UNLIMITED if asked.limit is None else asked.limit)
-            self.own.append(asked.key.digest in limits_of(asked.policy) if asked.policy.per_key else False)
-            data = asked.key.text.encode("utf-8", "backslashreplace")
-            self._texts.write(data)
-            self._places.append(self._places[-1] + len(data))
-        return found
-
-    def text(self, number: int) -> str:
-        """The key, as `per_key` and the command show it."""
-        start, end = self._places[number], self._places[number + 1]
-        self._texts.flush()
-        self._texts.seek(start)
-        data = self._texts.read(end - start)
-        self._texts.seek(0, 2)
-        return data.decode()
-
-    def close(self) -> None:
-        self._texts.close()
 
 
 #: What a policy's key is made of.

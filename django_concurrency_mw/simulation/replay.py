@@ -16,7 +16,8 @@ from typing import Any
 
 from ..policies import Policy
 from ..steps import lease_seconds
-from .matching import Slots, refused
+from .matching import refused
+from .slots import Slots
 from .stamps import SECOND
 
 #: start, number, end, slots

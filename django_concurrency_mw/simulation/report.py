@@ -17,8 +17,8 @@ from ..keys import masked
 from ..keyspec import KeySpec, Part
 from ..outcomes import UNLIMITED
 from ..policies import Policy
-from .matching import Slots
 from .replay import Figures, Replay
+from .slots import Slots
 from .spreading import AT_ONCE, BATCHES, SEEDS
 from .stamps import SECOND, readable
 

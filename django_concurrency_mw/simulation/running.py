@@ -14,9 +14,10 @@ from typing import Any
 from ..policies import PolicyTable
 from . import report
 from .formats import FormatError, Layout, Wanted, recognise
-from .matching import Matcher, Slots
+from .matching import Matcher
 from .reading import Counted, Source, read
 from .replay import Replay, Rules, exactly
+from .slots import Slots
 from .sorting import RUN, Sorter
 from .spread_replay import in_all_ways
 from .spreading import WAYS
