@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from django.core.management.base import CommandParser
 
-from . import explain, holders, ping, policies
+from . import explain, holders, ping, policies, simulate
 from .output import Output
 
 
@@ -32,4 +32,5 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "holders": holders,
     "ping": ping,
     "policies": policies,
+    "simulate": simulate,
 }
