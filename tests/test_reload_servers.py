@@ -193,8 +193,12 @@ def test_runserver_starts_anew_when_the_file_changes(tmp_path: Path, prefix: str
     log = tmp_path / f"log.{port}.log"
     with running([sys.executable, "-m", "django", "runserver", f"127.0.0.1:{port}"], port, tmp_path / "log", env):
         assert limit() == "5"
-        moved(file, "policies: [")
-        assert wait_until(lambda: "django_concurrency_mw.E001" in log.read_text(), 60), log.read_text()
+
+        def broken() -> bool:
+            moved(file, "policies: [")  # again where Django had not yet looked at the first one
+            return wait_until(lambda: "django_concurrency_mw.E001" in log.read_text(), 3)
+
+        assert wait_until(broken, 60), log.read_text()
 
         def mended() -> bool:
             moved(file, policies(2))  # again where Django had not yet looked at the wrong one
