@@ -24,6 +24,7 @@ from django.test import override_settings
 from django_concurrency_mw.keys import masked
 
 from . import inspected_settings
+from .chaos import LONG
 from .redis_server import RedisServer
 from .servers import ROOT, free_port, gunicorn, running, uvicorn
 from .support import wait_until
@@ -115,7 +116,10 @@ def site(server: str, backend: dict[str, Any], folder: Path) -> Iterator[Site]:
         yield Site(port, path, barrier, environment, backend)
 
 
-@pytest.fixture(scope="module", params=["gthread-redis", "uvicorn-redis", "gthread-host"])
+@pytest.fixture(
+    scope="module",
+    params=["gthread-redis", "uvicorn-redis", "gthread-host"] if LONG else ["uvicorn-redis", "gthread-host"],
+)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("inspected")
     server, _, store = request.param.partition("-")

@@ -30,6 +30,7 @@ from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
+from .chaos import LONG
 from .proxy import Proxy, between
 from .redis_server import RedisServer
 from .support import await_until, exit_code, wait_until
@@ -51,6 +52,10 @@ def made(url: str, prefix: str, **options: Any) -> Iterator[RedisBackend]:
     store = RedisBackend(BackendConfig("default", "redis", url, prefix, options))
     yield store
     store.close()
+
+
+#: How often all connections are killed under load.
+KILLS = 200 if LONG else 70
 
 
 def many(number: int, enough: Callable[[], bool], seconds: float = 60) -> Iterator[int]:
@@ -207,7 +212,7 @@ class TestThreads:
             redis_server.client().execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         assert store._lines.connects >= 50
 
-    def test_killed_200_times_under_load_no_call_fails_and_nothing_is_left(
+    def test_killed_again_and_again_under_load_no_call_fails_and_nothing_is_left(
         self, store: RedisBackend, redis_server: RedisServer, prefix: str
     ) -> None:
         ended = threading.Event()
@@ -233,7 +238,7 @@ class TestThreads:
 
         try:
             with redis_server.client() as client:
-                for _ in many(200, lambda: sum(admitted) > 500):
+                for _ in many(KILLS, lambda: sum(admitted) > 500):
                     before = list(admitted)
                     client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
                     # A call is tried once more: that try is over before the next kill.
@@ -470,7 +475,7 @@ class TestLoops:
         assert redis_server.held(prefix) == 0
         assert proxy.connections == 2
 
-    def test_killed_200_times_under_load_no_call_fails(self, redis_server: RedisServer, prefix: str) -> None:
+    def test_killed_again_and_again_under_load_no_call_fails(self, redis_server: RedisServer, prefix: str) -> None:
         (store,) = [next(made(redis_server.url, prefix, socket_timeout=2))]
         admitted = [0]
 
@@ -486,7 +491,7 @@ class TestLoops:
 
             tasks = [asyncio.create_task(work()) for _ in range(20)]
             with redis_server.client() as client:
-                for _ in many(200, lambda: admitted[0] > 200):
+                for _ in many(KILLS, lambda: admitted[0] > 200):
                     await asyncio.sleep(0.005)
                     client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             ended = True
