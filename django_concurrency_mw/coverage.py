@@ -15,7 +15,7 @@ from inspect import unwrap
 from typing import Any, Literal
 
 from .policies import Policy, PolicyTable, is_glob
-from .routes import Route, innermost
+from .routes import Route, class_of, innermost
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,6 @@ def covered_routes(table: PolicyTable, routes: Iterable[Route]) -> Mapping[Polic
     return {policy: tuple([route for route in known if covers(policy, route.name)]) for policy in table}
 
 
-def uncovered_routes(table: PolicyTable, routes: Iterable[Route]) -> list[Route]:
-    """The routes that no policy of the table covers."""
-    return [route for route in routes if not any(covers(policy, route.name) for policy in table)]
-
-
 def unmatched_patterns(table: PolicyTable, routes: Iterable[Route]) -> list[Unmatched]:
     """The patterns of `url_names` and `exclude` that match no route; none where there is no route at all."""
     names = list(dict.fromkeys(route.name for route in routes))
@@ -65,8 +60,9 @@ def unmatched_patterns(table: PolicyTable, routes: Iterable[Route]) -> list[Unma
 def second_names(table: PolicyTable, routes: Iterable[Route]) -> list[SecondName]:
     """The ways around a policy: a view that it covers under one name, and nobody covers like that under another.
 
-    One that the policy's own `exclude` names is meant. Another policy is alike if its key is the same, so that it counts
-    the same clients. Of several names inside the policy `covered` is the first.
+    One that the policy's own `exclude` names is meant. Another policy is alike if it limits the same clients as much: its key
+    is the same, its limit no higher, and it is no shadow beside one that blocks. Of several names inside the policy `covered`
+    is the first.
     """
     same: dict[object, list[Route]] = {}
     for route in routes:
@@ -93,25 +89,42 @@ def covers_by_glob(policy: Policy, name: str) -> bool:
     return covers(policy, name) and not any(fnmatchcase(name, each) for each in policy.url_names if not is_glob(each))
 
 
-def view_identity(view: Any) -> object:
+def view_identity(view: Any) -> Hashable:
     """What two routes have in common if they lead to one view: the function, or the class and what `as_view()` was given."""
-    inner = innermost(view)
-    cls = next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
+    inner, cls = innermost(view), class_of(view)
     if cls is None:
         function = unwrap(inner)  # `cache_page(60)(view)` is the view
         return function if isinstance(function, Hashable) else id(function)
     given = getattr(inner, "view_initkwargs", None) or getattr(inner, "initkwargs", None) or {}
     actions = getattr(inner, "actions", None) or {}
     # What a router adds names the route, not the view.
-    own = {name: value for name, value in given.items() if name not in ("basename", "suffix", "name", "description")}
-    return cls, repr(sorted(own.items())), repr(sorted(actions.items()))
+    own = {
+        (name, _alike(value))
+        for name, value in given.items()
+        if name not in ("basename", "suffix", "name", "description")
+    }
+    return cls, frozenset(own), frozenset((method, str(action)) for method, action in actions.items())
+
+
+def _alike(value: Any) -> Hashable:
+    """What is plain is compared; anything else is only itself. To look into it could ask a database: a QuerySet."""
+    return (type(value), value) if isinstance(value, (str, int, bool, float, type)) or value is None else id(value)
 
 
 def _is_meant(policy: Policy, name: str, table: PolicyTable) -> bool:
-    """Is this name covered, by the policy or one alike, or left out on purpose?"""
+    """Is this name covered, by the policy or one that limits the same clients as much, or left out on purpose?"""
     if _matches(policy.exclude, name):
         return True
-    return any(covers(other, name) for other in table if other.key.text == policy.key.text)
+    return any(covers(other, name) for other in table if other is policy or _limits_alike(other, policy))
+
+
+def _limits_alike(other: Policy, policy: Policy) -> bool:
+    if other.key.text != policy.key.text or (policy.block and not other.block):
+        return False
+    limits = (other.max_concurrent, policy.max_concurrent)
+    if isinstance(limits[0], int) and isinstance(limits[1], int):
+        return limits[0] <= limits[1]
+    return limits[0] is not None or limits[1] is None
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import getclosurevars
 from typing import Any
@@ -17,7 +17,8 @@ from .exceptions import ConfigurationError
 from .limiter import store_of
 from .naming import outermost_first
 from .policies import Policy
-from .routes import innermost, routes
+from .routes import class_of, innermost, routes
+from .steps import lease_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,7 @@ def decorated(view: Any, config: conf.Config) -> list[Decorated]:
 
     Raises: ImproperlyConfigured for one that names what is not there.
     """
-    inner = innermost(view)
-    cls = next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
+    inner, cls = innermost(view), class_of(view)
     if cls is None:
         return [Decorated(guard.policy(config)) for guard in outermost_first(view).values()]
     on_dispatch: dict[str, Policy] = {}
@@ -86,20 +86,29 @@ def all_decorators(config: conf.Config) -> Iterable[Policy | ImproperlyConfigure
             yield error
 
 
-def policies_in_use(config: conf.Config) -> dict[str, Policy]:
-    """Name -> policy, of the table and of the decorators in the URL configuration, under the names that requests use.
+def policies_in_use(config: conf.Config) -> dict[str, list[Policy]]:
+    """Name -> policies, of the table and of the decorators in the URL configuration, under the names that requests use.
 
-    Several decorators may share a name; the first one stands for them. One that is wrong is left out: the checks say so.
+    Several decorators may share a name, each with a limit and a lease of its own; the table's policy comes first. A decorator
+    that is wrong is left out: the checks say so.
     """
-    found = {policy.name: policy for policy in config.table}
+    found = {policy.name: [policy] for policy in config.table}
     for route in routes():
         try:
             on_view = decorated(route.view, config)
         except ImproperlyConfigured:
             continue
         for one in on_view:
-            found.setdefault(one.policy.name, one.policy)
+            known = found.setdefault(one.policy.name, [])
+            if one.policy not in known:
+                known.append(one.policy)
     return found
+
+
+def leases(policies: Mapping[str, Sequence[Policy]]) -> dict[str, float | None]:
+    """Name -> how long a slot is good for without a renewal, in seconds; None where those who share the name differ."""
+    found = {name: {lease_seconds(policy) for policy in known} for name, known in policies.items()}
+    return {name: seconds.pop() if len(seconds) == 1 else None for name, seconds in found.items()}
 
 
 def stores_in_use(config: conf.Config) -> Iterator[BaseBackend | Exception]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import conf
 from .backends import BaseBackend
+from .chain import positions
 from .decorated import Decorated, decorated
 from .drivers import run
 from .keys import Resolver
-from .limiter import MARK, policies_of, store_of
-from .middleware import throttles_itself, times_installed
+from .limiter import is_replaced, policies_of, store_of
+from .middleware import authenticates_itself, is_ours, throttles_itself
 from .outcomes import Asked, Full, KeyMissing, Rejection, Slot, State, StoreFailed, Taken, TakeReply, Verdict
 from .policies import Policy, left_out
 from .steps import Steps, Take, acquire
@@ -71,9 +72,14 @@ def explain(request: HttpRequest, config: conf.Config) -> Explanation:
     where = THROTTLE if throttles_itself(view) else MIDDLEWARE
     if not config.enabled:
         notes.append("ENABLED is False: nothing is limited")
-    elif by_table and where == MIDDLEWARE and not times_installed():
+    elif by_table and where == MIDDLEWARE and not positions(is_ours):
         notes.append("ConcurrencyLimitMiddleware is not in MIDDLEWARE: the table is not applied")
         by_table = ()
+    if by_table and where == MIDDLEWARE and authenticates_itself(view):
+        notes.append(
+            "Django REST framework knows a token's user inside the view only: to the policies that the middleware takes it is "
+            "anonymous, whatever --user says"
+        )
     others = [
         Finding(policy, where, _why_not(policy, match.view_name, request.method or "", view))
         for policy in config.table
@@ -102,7 +108,7 @@ def _why_not(policy: Policy, view_name: str, method: str, view: Any) -> str:
         return f"exclude: {', '.join(policy.exclude)} has {view_name}"
     if reason == "methods":
         return _methods(policy)
-    if policy.overridable and getattr(view, MARK, False):
+    if is_replaced(policy, view):
         return "overridable: a decorator on the view takes its place, or exempts the view"
     return "the middleware is not there to apply it"
 
@@ -193,10 +199,9 @@ class _Look:
         except Exception as error:  # as a take would be
             self.notes.append(f"backend {store.config.alias} fails: {error}")
             return StoreFailed(error)
-        if store.one_process:
-            self.notes.append(
-                f"backend {store.config.alias} counts in each process: only the holders of this command's own are seen"
-            )
+        blind = store.blind_spot()
+        if blind:
+            self.notes.append(f"backend {store.config.alias}: {blind}")
         self._counts.update({slot.policy: count for slot, count in zip(slots, counts, strict=True)})
         fits = tuple(count + slot.cost <= slot.limit for slot, count in zip(slots, counts, strict=True))
         full = tuple(slot.block and not room for slot, room in zip(slots, fits, strict=True))

@@ -104,6 +104,11 @@ def policies_of(request: HttpRequest, view: Any, config: Config) -> tuple[Policy
     return policies
 
 
+def is_replaced(policy: Policy, view: Any) -> bool:
+    """Does a mark on the view leave this policy of the table to a decorator, or out?"""
+    return policy.overridable and bool(getattr(view, MARK, False))
+
+
 def admit(
     request: HttpRequest, lease: Lease, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
 ) -> Steps[HttpResponseBase | None]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
-from django.conf import settings
 from django.http.response import HttpResponseBase
-from django.utils.module_loading import import_string
 
 from . import conf
 from .drivers import arun, run
 from .lifetime import afinish, finish, release_cancelled
 from .limiter import admit, begin, conclude, end, join, policies_of
+from .routes import innermost
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -108,28 +106,29 @@ def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Confi
     return () if policies and throttles_itself(view) else policies
 
 
-def times_installed() -> int:
-    """How often MIDDLEWARE names our middleware, or a subclass of it."""
-    return sum(map(_is_ours, settings.MIDDLEWARE))
+def is_ours(cls: type) -> bool:
+    """Is this our middleware, or a subclass of it?"""
+    return issubclass(cls, ConcurrencyLimitMiddleware)
 
 
-def _is_ours(path: str) -> bool:
-    if path == MIDDLEWARE:
-        return True
-    try:
-        found = import_string(path)
-    except Exception:  # Django says so when it builds the chain
+def authenticates_itself(view: Any) -> bool:
+    """Is this a view of Django REST framework that knows users whom Django's own session does not, such as those of tokens?"""
+    inner = innermost(view)
+    given = getattr(inner, "initkwargs", None) or {}
+    classes = given.get("authentication_classes", getattr(getattr(inner, "cls", None), "authentication_classes", None))
+    if classes is None:
         return False
-    return isinstance(found, type) and issubclass(found, ConcurrencyLimitMiddleware)
+    from rest_framework.authentication import SessionAuthentication
+
+    return not all(isinstance(found, type) and issubclass(found, SessionAuthentication) for found in classes)
 
 
 def throttles_itself(view: Any) -> bool:
     """Is this a view of Django REST framework with our throttle? It takes the table's policies when it knows the user."""
-    while isinstance(view, partial):
-        view = view.func
-    cls = getattr(view, "cls", None)
+    inner = innermost(view)
+    cls = getattr(inner, "cls", None)
     if cls is None:
         return False
-    given = getattr(view, "initkwargs", None) or {}  # of as_view(), where @action(throttle_classes=...) goes too
+    given = getattr(inner, "initkwargs", None) or {}  # of as_view(), where @action(throttle_classes=...) goes too
     throttles = given.get("throttle_classes", getattr(cls, "throttle_classes", None))
     return any(getattr(throttle, "takes_concurrency_policies", False) for throttle in throttles or ())

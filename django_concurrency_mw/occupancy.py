@@ -8,8 +8,9 @@ from typing import Final
 
 from .backends import BaseBackend
 from .backends.base import Holder
+from .exceptions import BackendError
 from .held import RENEW_AFTER
-from .keys import limits_of, make_key, written
+from .keys import limits_of, make_key, masked, written
 from .policies import Policy
 
 #: Seconds that a renewal may come late, by load and by rounding, before its holder is marked.
@@ -43,12 +44,12 @@ class Use:
     """What is held of one policy: in all, how much of each key, on the busiest one, and which keys have no room.
 
     `limit` is None where it is never full, text where a callable says it. `peak` is the most on one key since the last reset,
-    None where no take has been noted yet. Counts are sums of costs.
+    None where no take has been noted yet. Counts are sums of costs; `in_flight` is None where the store could not be asked.
     """
 
     policy: Policy
     limit: int | str | None
-    in_flight: int
+    in_flight: int | None
     by_key: Mapping[str, int]
     peak: int | None
     full: tuple[str, ...]
@@ -59,13 +60,14 @@ class Use:
         return max(self.by_key.values(), default=0)
 
 
-def rows(store: BaseBackend, policies: Mapping[str, Policy]) -> list[Row]:
-    """What there is to say of each holder of a store. `policies` by name. Raises: BackendError, NotImplementedError."""
-    return [_row(store.config.alias, holder, policies.get(holder.policy)) for holder in store.snapshot()]
+def rows(store: BaseBackend, leases: Mapping[str, float | None]) -> list[Row]:
+    """What there is to say of each holder of a store. `leases`: the seconds that a slot of a policy is good for without a
+    renewal, None where its users differ. Raises: BackendError, NotImplementedError."""
+    return [_row(store.config.alias, holder, leases.get(holder.policy)) for holder in store.snapshot()]
 
 
-def _row(alias: str, holder: Holder, policy: Policy | None) -> Row:
-    ttl = holder.ttl if holder.ttl is not None or policy is None else policy.ttl
+def _row(alias: str, holder: Holder, lease: float | None) -> Row:
+    ttl = lease if holder.ttl is None else holder.ttl
     if ttl is None:
         return Row(alias, holder, False, False)
     # Whoever is renewed has always more of his lease left than this.
@@ -74,47 +76,65 @@ def _row(alias: str, holder: Holder, policy: Policy | None) -> Row:
 
 
 def is_key(text: str, holder: Holder, policy: Policy | None) -> bool:
-    """Is this the holder's key, written as `per_key` has it? Stores cut long texts: those are told by their beginning."""
+    """Is this the holder's key, written as `per_key` has it, or masked? Stores cut long texts: those are told by their
+    beginning."""
+    if text == masked(holder.key):
+        return True
     keys = (make_key(text),) if policy is None else (*written(policy, text), make_key(text))
-    return any(
-        key.text == holder.key or (len(holder.key) >= SHORTEST_CUT and key.text.startswith(holder.key)) for key in keys
-    )
+    texts = [key.text.replace("\n", " ") for key in keys]  # as one store keeps them
+    held = holder.key.replace("\n", " ")
+    return any(one == held or (len(held) >= SHORTEST_CUT and one.startswith(held)) for one in texts)
 
 
-def uses(policies: Iterable[Policy], store_of: Callable[[Policy], BaseBackend]) -> list[Use]:
-    """What is held of each policy now; each store is asked once. Raises: BackendError, NotImplementedError."""
-    seen: dict[int, tuple[Sequence[Holder], Mapping[str, int]]] = {}
+def uses(
+    policies: Iterable[Policy], store_of: Callable[[Policy], BaseBackend]
+) -> tuple[list[Use], dict[str, Exception]]:
+    """What is held of each policy now, and why a store could not be asked, by its alias; each store is asked once."""
+    seen: dict[int, tuple[Sequence[Holder], Mapping[str, int]] | None] = {}
+    failed: dict[str, Exception] = {}
     found = []
     for policy in policies:
         store = store_of(policy)
         if id(store) not in seen:
-            seen[id(store)] = (store.snapshot(), store.peaks())
-        holders, peaks = seen[id(store)]
+            try:
+                seen[id(store)] = (store.snapshot(), store.peaks())
+            except (BackendError, NotImplementedError) as error:
+                seen[id(store)] = None
+                failed[store.config.alias] = error
+        known = seen[id(store)]
+        if known is None:
+            found.append(Use(policy, _told(policy), None, {}, None, ()))
+            continue
+        holders, peaks = known
         by_key: dict[str, int] = {}
         for holder in holders:
             if holder.policy == policy.name:
                 by_key[holder.key] = by_key.get(holder.key, 0) + holder.cost
         found.append(_use(policy, by_key, peaks.get(store.peak_name(policy.name))))
-    return found
+    return found, failed
+
+
+def _told(policy: Policy) -> int | str | None:
+    limit = policy.max_concurrent
+    return limit if limit is None or isinstance(limit, int) else named(limit)
 
 
 def _use(policy: Policy, by_key: Mapping[str, int], peak: int | None) -> Use:
-    limit = policy.max_concurrent
-    told = limit if limit is None or isinstance(limit, int) else named(limit)
     full = tuple(sorted(key for key, count in by_key.items() if _is_full(policy, key, count)))
     in_flight = sum(by_key.values())
     if peak is not None:  # what is held now has not been noted yet, perhaps
         peak = max(peak, *by_key.values(), 0)
     elif by_key:
         peak = max(by_key.values())
-    return Use(policy, told, in_flight, by_key, peak, full)
+    return Use(policy, _told(policy), in_flight, by_key, peak, full)
 
 
 def _is_full(policy: Policy, key: str, count: int) -> bool:
     own = limits_of(policy)
     digest = make_key(key).digest
     limit = own.get(digest, policy.max_concurrent)
-    return isinstance(limit, int) and count >= limit
+    cost = policy.cost if isinstance(policy.cost, int) else 1
+    return isinstance(limit, int) and count + cost > limit
 
 
 def named(function: object) -> str:

@@ -49,6 +49,12 @@ def _walk(entries: Iterable[Any], namespaces: list[str | None], prefix: str) -> 
             yield Route(match.view_name, entry.callback, pattern)
 
 
+def class_of(view: Any) -> type | None:
+    """The class behind `as_view()`, of Django's views and of Django REST framework's; None for a function."""
+    inner = innermost(view)
+    return next((cls for name in ("view_class", "cls") if isinstance(cls := getattr(inner, name, None), type)), None)
+
+
 def innermost(view: Any) -> Any:
     """The view behind partials."""
     while isinstance(view, partial):

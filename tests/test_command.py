@@ -13,18 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
 from django.contrib.auth.models import User
 from django.contrib.sessions.backends.db import SessionStore
+from django.contrib.sessions.models import Session
 from django.core.management import call_command
 from django.core.management.base import CommandError
+from django.http import HttpRequest
+from django.test import override_settings
 
 from django_concurrency_mw import conf, hold
 from django_concurrency_mw.backends import get_backend
 from django_concurrency_mw.backends.base import Holder
+from django_concurrency_mw.chain import AUTHENTICATION, SESSION
 from django_concurrency_mw.console import SUBCOMMANDS, output
+from django_concurrency_mw.decorated import leases, policies_in_use
 from django_concurrency_mw.exceptions import PermanentBackendError
+from django_concurrency_mw.keys import masked
 from django_concurrency_mw.testing import hold_slots
 
+from .conftest import Run
 from .redis_server import RedisServer
 from .servers import ROOT
 from .support import OURS, Limits, named, wait_until
@@ -68,6 +76,10 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
+def raises(request: HttpRequest) -> bool:
+    return bool(1 / 0)
+
+
 class TestTheCommand:
     def test_a_broken_table_is_told_with_its_places(self, limits: Limits, tmp_path: Path) -> None:
         file = tmp_path / "policies.yaml"
@@ -81,10 +93,13 @@ class TestTheCommand:
     def test_without_rich_there_is_json(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
         limits(table(p={}))
         monkeypatch.setitem(sys.modules, "rich.console", None)
-        with pytest.raises(CommandError, match=r"django_concurrency_mw\[cli\]") as raised:
-            command("ping")
+        monkeypatch.setattr(output, "find_spec", lambda name: None)
+        with hold_slots("p"), pytest.raises(CommandError, match=r"django_concurrency_mw\[cli\]") as raised:
+            command("holders")
         assert raised.value.returncode == 2
         assert document("ping")[0] == 0
+        assert "default: works" in command("ping")[1], "which prints no table"
+        assert "Nobody holds a slot." in command("holders")[1]
 
     def test_a_subcommand_that_is_not_there(self) -> None:
         with pytest.raises(CommandError, match="invalid choice: 'explian'"):
@@ -93,6 +108,39 @@ class TestTheCommand:
     def test_each_subcommand_is_documented_in_its_help(self) -> None:
         for name, module in SUBCOMMANDS.items():
             assert module.HELP, name
+
+    def test_what_would_move_the_terminal_is_written_out(self, limits: Limits) -> None:
+        """Paths and keys are the clients' own text; C1 codes too, and in JSON."""
+        wild = "/\x1b]0;owned\x07\x1b[2J\x9b2J\u202e/"
+        stream = io.StringIO()
+        out = output.Output(output.OutputWrapper(stream), as_json=False)
+        out.table(["a"], [[wild]], wild)
+        out.line(wild)
+        out.note(wild)
+        output.Output(output.OutputWrapper(stream), as_json=True).document({"path": wild})
+        text = stream.getvalue()
+        assert text.count("\\x1b]0;owned\\x07") == 4
+        assert not {each for each in text if not (each.isprintable() or each == "\n")}
+
+    def test_djangos_own_options_behind_the_subcommand(self, run_python: Run) -> None:
+        for place in (
+            ("--settings", "tests.inspected_settings", "ping"),
+            ("ping", "--settings", "tests.inspected_settings"),
+        ):
+            done = run_python("-m", "django", "concurrency", *place, "-v", "0", "--no-color")
+            assert (done.returncode, "default: works" in done.stdout) == (0, True), done.stderr
+
+    def test_a_pipe_gets_each_row_in_one_line(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("COLUMNS")
+        limits(table(**{"a" * 60: {}}))
+        with hold_slots("a" * 60):
+            assert re.search("^ *" + "a" * 60 + " .* hold_slots", command("holders")[1], re.MULTILINE)
+
+    def test_a_crash_is_not_a_no(self, limits: Limits) -> None:
+        limits(table(a={"url_names": ["*"], "when": named(raises)}), middleware=[OURS])
+        with pytest.raises(CommandError, match="ZeroDivisionError") as raised:
+            command("explain", "/told/")
+        assert raised.value.returncode == 2
 
     def test_what_others_wrote_is_no_markup(self) -> None:
         """A path such as /[red]/ comes out as it is."""
@@ -152,11 +200,18 @@ class TestPolicies:
                 b={"url_names": ["told", "page"], "key": "user", "per_key": {"user:7": 1}},
                 c={"url_names": ["shop:list", "nothing"], "max_concurrent": None, "block": False},
                 d={"max_concurrent": "tests.test_limits.two"},
+                e={"cost": 2, "max_concurrent": 5},
             ),
             middleware=[OURS],
             BACKENDS={"default": backend},
         )
-        with hold_slots("a", n=2), hold_slots("b", "user:7"), hold_slots("b", "user:8"), hold_slots("c", n=9):
+        with (
+            hold_slots("a", n=2),
+            hold_slots("b", "user:7"),
+            hold_slots("b", "user:8"),
+            hold_slots("c", n=9),
+            hold_slots("e", n=4),
+        ):
             code, found = document("policies", "--show-keys")
         assert code == 0
         told = {one["policy"]: one for one in found["policies"]}
@@ -166,6 +221,7 @@ class TestPolicies:
             "b": [5, 2, 2, 1, ["user:7"]],
             "c": [None, 9, 1, 9, []],
             "d": ["tests.test_limits.two", 0, 0, 0, []],
+            "e": [5, 4, 1, 4, ["global"]],
         }
         assert found["url_names"]["report-a"] == [{"policy": "a", "methods": "POST"}]
         assert found["url_names"]["report-status"] == []
@@ -208,7 +264,8 @@ class TestHolders:
             table(a={"key": "user"}, b={"key": "header:X-Tenant"}),
             BACKENDS={"default": backend},
         )
-        assert document("holders") == (1, {"holders": []})
+        code, nobody = document("holders")
+        assert (code, nobody["holders"], nobody["failed"]) == (1, [], {})
         with hold_slots("a", "user:7"), hold_slots("a", "user:8"), hold_slots("b", "header:X-Tenant:acme"):
             code, found = document("holders")
             assert code == 0
@@ -217,6 +274,7 @@ class TestHolders:
             assert document("holders", "--show-keys", "--key", "user:8")[1]["holders"][0]["key"] == "user:8"
             assert len(document("holders", "--policy", "a")[1]["holders"]) == 2
             assert len(document("holders", "--policy", "b", "--key", "header:X-Tenant:acme")[1]["holders"]) == 1
+            assert len(document("holders", "--key", masked("user:8"))[1]["holders"]) == 1
             assert document("holders", "--key", "user:9")[0] == 1
             assert document("holders", "--older-than", "1h")[0] == 1
             assert len(document("holders", "--older-than", "0")[1]["holders"]) == 3
@@ -228,7 +286,7 @@ class TestHolders:
         """A document each time, until Ctrl-C, which is no failure."""
         environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.inspected_settings", "PYTHONPATH": str(ROOT)}
         environment.pop("PYTHONUNBUFFERED", None)
-        command = [sys.executable, "-m", "django", "concurrency", "holders", "--watch", "0.05", "--json"]
+        command = [sys.executable, "-m", "django", "concurrency", "holders", "--watch", "0.1", "--json"]
         started = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -240,7 +298,7 @@ class TestHolders:
         )
         with started as process:
             assert process.stdout is not None
-            assert [json.loads(process.stdout.readline()) for _ in range(3)] == [{"holders": []}] * 3
+            assert [json.loads(process.stdout.readline())["holders"] for _ in range(3)] == [[]] * 3
             process.send_signal(signal.SIGINT)
             assert process.wait(10) == 0
 
@@ -251,12 +309,47 @@ class TestHolders:
         with pytest.raises(CommandError, match="expected seconds such as 90"):
             command("holders", "--older-than", "yesterday")
 
+    def test_watch_too_often(self, limits: Limits) -> None:
+        limits(table(p={}))
+        with pytest.raises(CommandError, match=r"at least 0\.1 seconds"):
+            command("holders", "--watch", "0")
+
     def test_a_store_that_is_away(self, limits: Limits) -> None:
-        limits(table(p={}), BACKENDS={"default": {"BACKEND": "redis", "LOCATION": "redis://127.0.0.1:1/0"}})
-        for name in ("holders", "policies"):
-            with pytest.raises(CommandError, match="refused") as raised:
-                command(name)
-            assert raised.value.returncode == 2
+        """The others are asked all the same; nobody anywhere, but not everywhere was looked, is no answer."""
+        away = {"BACKEND": "redis", "LOCATION": "redis://127.0.0.1:1/0"}
+        limits(table(p={}, q={"backend": "away"}), BACKENDS={"default": {"BACKEND": "memory"}, "away": away})
+        with hold_slots("p"):
+            code, found = document("holders")
+            assert (code, [one["policy"] for one in found["holders"]]) == (0, ["p"])
+            assert "refused" in found["failed"]["away"]
+            assert "Note: backend away cannot be asked: " in command("holders")[1]
+            told = {one["policy"]: one for one in document("policies")[1]["policies"]}
+            assert (told["p"]["in_flight"], told["q"]["in_flight"]) == (1, None)
+            text = command("policies")[1]
+            assert re.search(r"^ *q +5 +\? +\? +\? ", text, re.MULTILINE), text
+            assert "backend away cannot be asked" in text
+        with pytest.raises(CommandError, match=r"backend away cannot be asked: .*refused") as raised:
+            command("holders")
+        assert raised.value.returncode == 2
+
+    def test_a_policy_that_is_not_in_the_table_any_more(self, limits: Limits, prefix: str, tmp_path: Path) -> None:
+        backend = {"BACKEND": "host", "KEY_PREFIX": prefix, "OPTIONS": {"path": str(tmp_path / "table"), "slots": 64}}
+        limits(table(old={}), BACKENDS={"default": backend})
+        with (
+            hold_slots("old"),
+            override_settings(CONCURRENCY_LIMIT={"POLICIES": table(new={}), "BACKENDS": {"default": backend}}),
+        ):
+            assert [one["policy"] for one in document("holders", "--policy", "old")[1]["holders"]] == ["old"]
+
+    def test_a_table_that_nobody_has_made(self, limits: Limits, prefix: str, tmp_path: Path) -> None:
+        """Another user's or another settings module's site has another one: that is said, not guessed."""
+        path = tmp_path / "table"
+        limits(table(p={}), BACKENDS={"default": {"BACKEND": "host", "OPTIONS": {"path": str(path), "slots": 64}}})
+        code, found = document("holders")
+        assert (code, str(path) in found["notes"][0]) == (1, True)
+        assert "no process of this user and this settings module has used it" in command("holders")[1]
+        with hold_slots("p"):
+            assert document("holders")[1]["notes"] == []
 
     @pytest.mark.parametrize(
         ("age", "left", "marks"),
@@ -276,7 +369,26 @@ class TestHolders:
         monkeypatch.setattr(Switchable, "snapshot", lambda self: [holder])
         found = document("holders")[1]["holders"][0]
         assert (found["overran"], found["not_renewed"]) == (marks == "overran", marks == "not renewed")
-        assert (marks in command("holders")[1]) is True
+        assert marks in command("holders")[1]
+
+    @pytest.mark.parametrize(
+        ("fields", "left"), [({"ttl": 60, "max_age": 10}, 9.99), ({"ttl": 60}, 59.9), ({"ttl": 5, "renew": False}, 4.9)]
+    )
+    def test_a_new_holder_has_no_mark(
+        self, limits: Limits, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], left: float
+    ) -> None:
+        """Where the store does not know how long its lease was."""
+        limits(table(p=fields), BACKENDS={"default": {"BACKEND": named(Switchable)}})
+        monkeypatch.setattr(Switchable, "snapshot", lambda self: [Holder("p", "global", "token-1", 0.01, left)])
+        assert document("holders")[1]["holders"][0]["not_renewed"] is False
+
+    @pytest.mark.urls("tests.decorated_urls")
+    def test_a_name_with_several_leases_has_no_mark(self, limits: Limits) -> None:
+        """Nobody knows which of them the holder has."""
+        limits(table(**{"from-table": {"ttl": 50}}), BACKENDS={"default": {"BACKEND": named(Switchable)}})
+        known = policies_in_use(conf.current())
+        assert set(leases(known)) >= {"from-table", "shared"}
+        assert leases({"p": [known["from-table"][0], known["shared"][0]]}) == {"p": None}
 
     def test_renewed_and_not(self, limits: Limits) -> None:
         """Of real holders: one that is renewed past its ttl, and one whose lease runs out as it stands."""
@@ -327,6 +439,13 @@ class TestEvict:
         assert command("holders", "--evict", token)[0] == 1
         with pytest.raises(CommandError, match="--yes"):
             document("holders", "--evict", token)
+        assert len(document("holders")[1]["holders"]) == 1
+
+    @pytest.mark.parametrize("pattern", ["*", "?*", "[0-9a-f]*", "", "0123456789abcdef-*", "0123456789abcdef"])
+    def test_a_pattern_is_no_token(self, token: str, backend: dict[str, Any], pattern: str) -> None:
+        with pytest.raises(CommandError, match="expected a token as `holders` shows it"):
+            command("holders", f"--evict={pattern}", "--yes")
+        assert get_backend("default", conf.current().backends).evict(pattern) is False
         assert len(document("holders")[1]["holders"]) == 1
 
     def test_a_token_that_nobody_has(self, token: str) -> None:
@@ -403,6 +522,36 @@ class TestExplain:
         assert keys("/page/7/?page=2", "--method", "post")["p"] == "7:2:POST"
         with pytest.raises(CommandError, match="there is no such user"):
             command("explain", "/told/", "--user", "4711")
+
+    @pytest.mark.parametrize("why", ["another key", "an old hash"])
+    def test_the_session_stays_as_it_is(self, limits: Limits, settings: Any, why: str) -> None:
+        """To find out who is logged in, Django would give it a new key, or end it."""
+        user = User.objects.create(username="ada")
+        limits(table(u={"url_names": ["*"], "key": "user"}), middleware=[SESSION, AUTHENTICATION, OURS])
+        session = SessionStore()
+        session[SESSION_KEY], session[BACKEND_SESSION_KEY] = str(user.pk), settings.AUTHENTICATION_BACKENDS[0]
+        session[HASH_SESSION_KEY] = user.get_session_auth_hash() if why == "another key" else "of another password"
+        session.save()
+        if why == "another key":
+            settings.SECRET_KEY_FALLBACKS, settings.SECRET_KEY = [settings.SECRET_KEY], "new"
+        before = list(Session.objects.values_list())
+        found = document("explain", "/told/", "--session", session.session_key or "")[1]
+        assert found["policies"][0]["key"] == (f"user:{user.pk}" if why == "another key" else "ip:127.0.0.1")
+        assert list(Session.objects.values_list()) == before
+
+    def test_a_user_whom_no_middleware_sets(self, limits: Limits) -> None:
+        User.objects.create(pk=7, username="ada")
+        limits(table(u={"url_names": ["*"], "key": "user"}), middleware=[OURS])
+        assert "AuthenticationMiddleware is not in MIDDLEWARE" in command("explain", "/told/", "--user", "7")[1]
+        limits(table(u={"url_names": ["*"], "key": "user"}), middleware=[SESSION, AUTHENTICATION, OURS])
+        assert "AuthenticationMiddleware" not in command("explain", "/told/", "--user", "7")[1]
+
+    @pytest.mark.urls("tests.drf_urls")
+    def test_a_view_that_knows_its_users_by_token(self, limits: Limits) -> None:
+        limits(table(u={"url_names": ["*"], "key": "user"}), middleware=[OURS])
+        assert "knows a token's user inside the view only" in command("explain", "/bare/")[1]
+        assert "knows a token's user" not in command("explain", "/throttled/")[1]
+        assert "knows a token's user" not in command("explain", "/sessions/")[1]
 
     def test_what_cannot_be_explained(self, limits: Limits) -> None:
         limits(table(a={"url_names": ["*"]}), middleware=[OURS])

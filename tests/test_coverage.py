@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from django.http import HttpRequest, HttpResponse
 from django.views import View
 from django.views.decorators.cache import cache_page
@@ -14,7 +15,6 @@ from django_concurrency_mw.coverage import (
     covered_routes,
     covers_by_glob,
     second_names,
-    uncovered_routes,
     unmatched_patterns,
     view_identity,
 )
@@ -49,8 +49,6 @@ def test_the_routes_of_each_policy_and_of_none() -> None:
     found = table(a={"url_names": ["reports:*"], "exclude": ["*-status"]}, b={"url_names": ["nothing"]}, c={})
     a, b, c = found
     assert covered_routes(found, ROUTES) == {a: (ROUTES[0],), b: (), c: ()}
-    assert uncovered_routes(found, ROUTES) == ROUTES[1:]
-    assert uncovered_routes(PolicyTable(()), ROUTES) == ROUTES
 
 
 @pytest.mark.parametrize(
@@ -119,6 +117,26 @@ def test_what_one_view_is() -> None:
     assert view_identity(first) == view_identity(cache_page(60)(first)) != view_identity(second)
     assert view_identity(Page.as_view()) == view_identity(Page.as_view())
     assert view_identity(Page.as_view()) != view_identity(Page.as_view(template="x"))
+    rows = User.objects.all()  # to look into it would ask the database, which this test may not
+    assert view_identity(Page.as_view(template=rows)) == view_identity(Page.as_view(template=rows))
+    assert view_identity(Page.as_view(template=rows)) != view_identity(Page.as_view(template=rows.all()))
     listing = {"get": "list"}
     assert view_identity(Things.as_view(listing, basename="a")) == view_identity(Things.as_view(listing, basename="b"))
     assert view_identity(Things.as_view(listing)) != view_identity(Things.as_view({"post": "list"}))
+
+
+@pytest.mark.parametrize(
+    ("other", "silent"),
+    [
+        ({"key": "ip", "max_concurrent": 2}, True),
+        ({"key": "ip", "max_concurrent": 1}, True),
+        ({"key": "ip", "max_concurrent": 20}, False),
+        ({"key": "ip", "max_concurrent": None}, False),
+        ({"key": "ip", "max_concurrent": 2, "block": False}, False),
+        ({"key": "user", "max_concurrent": 2}, False),
+    ],
+)
+def test_a_looser_policy_is_no_cover(other: dict[str, object], silent: bool) -> None:
+    known = [Route("export", first, "export/"), Route("export-again", first, "again/")]
+    found = table(a={"url_names": ["export"], "key": "ip", "max_concurrent": 2}, b={"url_names": ["*"], **other})
+    assert (second_names(found, known) == []) is silent

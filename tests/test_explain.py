@@ -113,7 +113,6 @@ def test_a_random_table_and_what_a_real_request_is_told(limits: Limits, backend:
     chance = random.Random(seed)
     policies = {f"p{number}": some_policy(chance) for number in range(chance.randint(2, 6))}
     limits({"policies": policies}, middleware=[named(user_by_header), OURS], BACKENDS={"default": backend})
-    outcomes = []
     for _ in range(8):
         path = chance.choice(["/told/", "/report-a/", "/shop/list/", "/page/7/", "/told/?page=3"])
         about = {"user": chance.choice(["", "7", "8"]), "method": chance.choice(["GET", "POST"])}
@@ -125,7 +124,7 @@ def test_a_random_table_and_what_a_real_request_is_told(limits: Limits, backend:
                         held.enter_context(hold_slots(name, finding.key, chance.randint(1, 2)))
             found = explained(path, **about, **headers)
             status, body = served(path, **about, **headers)
-        outcomes.append(status)
+        OUTCOMES.add((found.rejection is None, len(applied(found)) > 0))
         if found.rejection is None:
             assert status == 200, (found, body)
             assert [one for one in body["policies"] if one[2] != "skipped"] == list(map(as_told, applied(found)))
@@ -136,12 +135,13 @@ def test_a_random_table_and_what_a_real_request_is_told(limits: Limits, backend:
     assert nothing_held()
 
 
-def test_both_outcomes_came_up(limits: Limits) -> None:
+#: What came up in those: let in or not, by some policy or by none.
+OUTCOMES: set[tuple[bool, bool]] = set()
+
+
+def test_both_outcomes_came_up() -> None:
     """The random tables above would prove nothing if they always let in, or never."""
-    chance = random.Random(1)
-    kinds = [some_policy(chance) for _ in range(200)]
-    assert {policy["max_concurrent"] for policy in kinds} == {0, 1, 2, 3, None}
-    assert {policy["block"] for policy in kinds} == {True, False}
+    assert {(True, True), (False, True), (True, False)} <= OUTCOMES
 
 
 @pytest.mark.parametrize("site", ["tests.decorated_urls", "tests.urls", "tests.drf_urls"])

@@ -195,6 +195,10 @@ class BaseBackend(ABC):
         """Who holds what now."""
         raise NotImplementedError(f"{type(self).__name__} cannot list its holders")
 
+    def blind_spot(self) -> str:
+        """What a process that only looks does not see of this store, for people; empty where it sees all."""
+        return "it counts in each process, and only what this very process holds is seen" if self.one_process else ""
+
     def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
         """What is in flight on each one's semaphore now, as a take would count it. Changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} cannot count without taking")

@@ -5,7 +5,7 @@ Each room is about one subject; `table` has a row for every id.
 
 from __future__ import annotations
 
-from .common import MIDDLEWARE
+from ..middleware import MIDDLEWARE
 from .deployment import check_addresses, check_deployed_memory, check_deployed_prefix, check_deployed_store
 from .drf import check_api_views
 from .middleware import check_identity, check_middleware, check_order

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from django.conf import settings
-from django.utils.module_loading import import_string
 
 from .. import conf
 from ..backends import BaseBackend
 from ..decorated import all_decorators, stores_in_use
 from ..exceptions import ConfigurationError
 from ..keyspec import is_dotted_path
-from ..middleware import ConcurrencyLimitMiddleware
 from ..policies import Policy
 
-MIDDLEWARE = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
 #: Names that a message lists.
 LISTED = 5
 
@@ -69,22 +66,3 @@ def listed(names: Iterable[str]) -> str:
     """Names, each once, the first few of many."""
     known = list(dict.fromkeys(names))
     return ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
-
-
-def imported(path: object) -> Any:
-    """What a dotted path leads to; None where that fails: Django says so itself when it needs it."""
-    try:
-        return import_string(path)  # type: ignore[arg-type]  # settings may hold anything
-    except Exception:
-        return None
-
-
-def positions(is_one: Callable[[type], bool]) -> list[int]:
-    """Where in MIDDLEWARE the classes stand that this is true of."""
-    classes = map(imported, settings.MIDDLEWARE)
-    return [place for place, found in enumerate(classes) if isinstance(found, type) and is_one(found)]
-
-
-def is_ours(cls: type) -> bool:
-    """Is this our middleware, or a subclass of it?"""
-    return issubclass(cls, ConcurrencyLimitMiddleware)

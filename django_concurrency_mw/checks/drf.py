@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from django.core.checks import CheckMessage, Warning
 
 from .. import conf
-from ..limiter import MARK
-from ..middleware import throttles_itself
+from ..limiter import is_replaced
+from ..middleware import authenticates_itself, throttles_itself
 from ..policies import Policy
-from ..routes import innermost, routes
+from ..routes import class_of, innermost, routes
 from .common import asks_for_user, configuration, listed
 
 
@@ -65,7 +65,7 @@ def api_views() -> list[ApiView]:
         dict.fromkeys(
             ApiView(route.name, route.view)
             for route in routes()
-            if isinstance(cls := _class_of(route.view), type) and issubclass(cls, framework.APIView)
+            if (cls := class_of(route.view)) is not None and issubclass(cls, framework.APIView)
         )
     )
 
@@ -75,14 +75,14 @@ def _is_blind(view: ApiView, policy: Policy, config: conf.Config) -> bool:
     return (
         asks_for_user(policy)
         and not throttles_itself(view.function)
-        and _by_token(view)
+        and authenticates_itself(view.function)
         and _meets(view, policy, config)
     )
 
 
 def _meets(view: ApiView, policy: Policy, config: conf.Config) -> bool:
     """Does the table give the policy to a method of this view?"""
-    if policy.overridable and getattr(view.function, MARK, False):
+    if is_replaced(policy, view.function):
         return False
     function = innermost(view.function)
     # A ViewSet's methods are made of its actions, for each request.
@@ -95,21 +95,8 @@ def _meets(view: ApiView, policy: Policy, config: conf.Config) -> bool:
 def _overrides_throttles(view: ApiView) -> bool:
     from rest_framework.views import APIView
 
-    return throttles_itself(view.function) and _class_of(view.function).get_throttles is not APIView.get_throttles
-
-
-def _by_token(view: ApiView) -> bool:
-    """Does it know users whom Django's own session does not?"""
-    from rest_framework.authentication import SessionAuthentication
-
-    function = innermost(view.function)
-    given = getattr(function, "initkwargs", None) or {}
-    classes = given.get("authentication_classes", function.cls.authentication_classes)
-    return not all(isinstance(found, type) and issubclass(found, SessionAuthentication) for found in classes)
-
-
-def _class_of(function: Any) -> Any:
-    return getattr(innermost(function), "cls", None)
+    cls: Any = class_of(view.function)
+    return throttles_itself(view.function) and cls.get_throttles is not APIView.get_throttles
 
 
 def _names(views: list[ApiView]) -> str:

@@ -7,24 +7,13 @@ from typing import Any
 from django.conf import settings
 from django.core.checks import CheckMessage, Warning
 
+from ..chain import AUTHENTICATION, SESSION, has, positions
 from ..coverage import covered_routes
-from ..middleware import throttles_itself
+from ..middleware import MIDDLEWARE, is_ours, throttles_itself
 from ..policies import Policy, PolicyTable
 from ..routes import routes
-from .common import (
-    MIDDLEWARE,
-    asks_for_session,
-    asks_for_user,
-    configuration,
-    imported,
-    is_ours,
-    listed,
-    positions,
-)
+from .common import asks_for_session, asks_for_user, configuration, listed
 from .drf import api_views
-
-AUTHENTICATION = "django.contrib.auth.middleware.AuthenticationMiddleware"
-SESSION = "django.contrib.sessions.middleware.SessionMiddleware"
 
 
 def check_middleware(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -87,7 +76,7 @@ def check_identity(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]
         ("user", AUTHENTICATION, asks_for_user, "nobody is logged in here: an anonymous user counts by address"),
         ("session", SESSION, asks_for_session, "no request has one here: `missing` decides"),
     ):
-        asking = [] if _is_there(path) else [policy for policy in _taken_here(config.table) if asks(policy)]
+        asking = [] if has(path) else [policy for policy in _taken_here(config.table) if asks(policy)]
         if asking:
             messages.append(
                 Warning(
@@ -98,17 +87,6 @@ def check_identity(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]
                 )
             )
     return messages
-
-
-def _is_there(path: str) -> bool:
-    """Is this class, or a subclass of it, in MIDDLEWARE?"""
-    if path in settings.MIDDLEWARE:
-        return True
-    # Its module needs an app that may not be installed; whoever has a subclass in MIDDLEWARE has imported it.
-    found = {imported(entry) for entry in settings.MIDDLEWARE}
-    return any(
-        f"{base.__module__}.{base.__qualname__}" == path for cls in found for base in getattr(cls, "__mro__", ())
-    )
 
 
 def _taken_here(table: PolicyTable) -> list[Policy]:

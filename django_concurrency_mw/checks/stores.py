@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Warning
 
 from .. import backends
-from .common import backends_are_set, configuration, imported, stores
+from ..backends import BaseBackend
+from ..backends.base import check_message
+from ..chain import imported
+from .common import backends_are_set, configuration, stores
 
 #: Caches whose clear() is FLUSHDB.
 FLUSHING = frozenset({"django.core.cache.backends.redis.RedisCache", "django_redis.cache.RedisCache"})
@@ -22,7 +25,14 @@ def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     config = configuration()
     if config is None:
         return []
-    return [message for store in stores(config) for message in store.check()]
+    return [message for store in stores(config) for message in _said(store)]
+
+
+def _said(store: BaseBackend) -> Sequence[CheckMessage]:
+    try:
+        return store.check()
+    except Exception as error:  # a store of the project's may fail in any way
+        return [check_message(store, error, "Its own check failed; until it works ON_BACKEND_ERROR decides.")]
 
 
 def check_default_store(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -95,7 +105,13 @@ def _cache_servers() -> Iterator[tuple[str, Hashable]]:
         if kinds.isdisjoint(FLUSHING) and cache.get("BACKEND") not in FLUSHING:
             continue
         location = cache.get("LOCATION") or ""
-        urls = re.split("[;,]", location) if isinstance(location, str) else location
+        urls = (
+            re.split("[;,]", location)
+            if isinstance(location, str)
+            else location
+            if isinstance(location, (list, tuple))
+            else ()
+        )
         options = cache.get("OPTIONS") or {}
         options = {**options, **(options.get("CONNECTION_POOL_KWARGS") or {})}  # of django-redis
         found = {server_of_url(url.strip(), options) for url in urls if isinstance(url, str)}

@@ -18,6 +18,11 @@ def configuration() -> conf.Config:
         raise CommandError(str(error)) from error
 
 
+def notes(config: conf.Config) -> list[str]:
+    """What this process does not see of the stores."""
+    return [f"backend {store.config.alias}: {blind}" for store in stores(config) if (blind := store.blind_spot())]
+
+
 def stores(config: conf.Config) -> list[BaseBackend]:
     """Those that policies and decorators use, each once. Raises: CommandError for one that cannot be used."""
     found: list[BaseBackend] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,9 @@ from django.http import HttpRequest
 from django.test import RequestFactory
 from django.urls import Resolver404, resolve
 from django.utils import translation
+from django.utils.functional import SimpleLazyObject
 
+from ..chain import AUTHENTICATION, SESSION, has
 from ..explaining import Explanation, Finding, explain
 from .config import configuration
 from .output import Output, near
@@ -44,10 +46,15 @@ def run(options: Mapping[str, Any], out: Output) -> int:
             found = explain(request, config)
         except (ImproperlyConfigured, NotImplementedError) as error:
             raise CommandError(str(error)) from error
+    notes = list(found.notes)
+    if options["user"] is not None and not has(AUTHENTICATION):
+        notes.append(
+            "AuthenticationMiddleware is not in MIDDLEWARE: a request has a user only where another middleware sets one"
+        )
     if out.json:
-        out.document(_as_data(found, request))
+        out.document(_as_data(found, request, notes))
     else:
-        _tell(found, request, out)
+        _tell(found, request, notes, out)
     return 0 if found.rejection is None else 1
 
 
@@ -81,24 +88,34 @@ def _log_in(request: HttpRequest, options: Mapping[str, Any]) -> None:
     """The session and the user that the site's own middleware would have put there."""
     from django.apps import apps
 
-    key = options["session"]
-    if "django.contrib.sessions.middleware.SessionMiddleware" in settings.MIDDLEWARE or key is not None:
-        request.session = import_module(settings.SESSION_ENGINE).SessionStore(key)
+    key, user = options["session"], options["user"]
+    if key is not None or has(SESSION):
+        request.session = _unchanging(import_module(settings.SESSION_ENGINE).SessionStore)(key)
     if not apps.is_installed("django.contrib.auth"):
-        if options["user"] is not None:
+        if user is not None:
             raise CommandError("--user: django.contrib.auth is not in INSTALLED_APPS")
         return
     from django.contrib.auth import get_user, get_user_model
     from django.contrib.auth.models import AnonymousUser
 
-    if options["user"] is None:
-        request.user = get_user(request) if key is not None else AnonymousUser()
+    if user is None:
+        lazy: Any = SimpleLazyObject(lambda: get_user(request))
+        request.user = lazy if key is not None else AnonymousUser()
         return
     users = get_user_model()
     try:
-        request.user = users._default_manager.get(pk=options["user"])
+        request.user = users._default_manager.get(pk=user)
     except (ObjectDoesNotExist, ValueError, ValidationError):
-        raise CommandError(f"--user {options['user']}: there is no such user") from None
+        raise CommandError(f"--user {user}: there is no such user") from None
+
+
+def _unchanging(store: type[Any]) -> type[Any]:
+    """A session that is only read: to find out who is logged in, Django may give it a new key, or end it."""
+
+    def nothing(self: Any, *arguments: Any, **keywords: Any) -> None:
+        """Nobody else is to notice."""
+
+    return type(store.__name__, (store,), dict.fromkeys(("save", "create", "delete", "cycle_key", "flush"), nothing))
 
 
 def _answer(found: Explanation) -> str:
@@ -113,7 +130,7 @@ def _answer(found: Explanation) -> str:
     return f"{refusal.status} {refusal.reason} ({', '.join(refusal.violated)}), {wait}{by}"
 
 
-def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
+def _tell(found: Explanation, request: HttpRequest, notes: Sequence[str], out: Output) -> None:
     out.line(f"{request.method} {request.path} is {found.view_name}")
     applied = [one for one in found.findings if not one.why_not]
     if applied:
@@ -141,8 +158,8 @@ def _tell(found: Explanation, request: HttpRequest, out: Output) -> None:
             ["does not apply", "because of", "=written in"],
             [[one.policy.name, one.why_not, near(one.policy.place)] for one in others],
         )
-    for note in found.notes:
-        out.line(f"Note: {note}.", "yellow")
+    for note in notes:
+        out.note(note)
     out.line(f"Now: {_answer(found)}.", "green" if found.rejection is None else "red")
 
 
@@ -170,7 +187,7 @@ _OUTCOMES = {
 }
 
 
-def _as_data(found: Explanation, request: HttpRequest) -> dict[str, Any]:
+def _as_data(found: Explanation, request: HttpRequest, notes: Sequence[str]) -> dict[str, Any]:
     refusal = found.rejection
     return {
         "method": request.method,
@@ -201,5 +218,5 @@ def _as_data(found: Explanation, request: HttpRequest) -> dict[str, Any]:
             }
             for one in found.findings
         ],
-        "notes": list(found.notes),
+        "notes": list(notes),
     }

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import re
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
 from .. import conf
 from ..backends import BaseBackend
-from ..decorated import policies_in_use
+from ..decorated import leases, policies_in_use
 from ..exceptions import BackendError, did_you_mean
 from ..fields import FieldError, check_duration
 from ..keys import masked
 from ..occupancy import Row, is_key, rows
 from ..policies import Policy
-from .config import configuration, stores
+from .config import configuration, notes, stores
 from .output import Output, table
 
 HELP = "who holds which slots since when, and --evict; exit code 1 if nobody does, or nobody was evicted"
 
+#: Seconds between two looks, at least.
+OFTEN = 0.1
+#: As `tokens` makes them.
+_TOKEN = re.compile(r"[0-9a-f]{16}-[0-9a-f]+")
 COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "=token", "marks")
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Whom to show, how often, and whom to evict."""
     parser.add_argument("--policy", help="of this policy only")
-    parser.add_argument("--key", help="of this key only, as per_key has it: user:42")
+    parser.add_argument("--key", help="of this key only, as --show-keys has it (user:42), or masked")
     parser.add_argument("--older-than", metavar="AGE", type=_duration, help="seconds, or text such as 5m")
     parser.add_argument("--show-keys", action="store_true", help="whole keys instead of masked ones")
     parser.add_argument(
         "--watch",
         nargs="?",
         const=1.0,
-        type=_duration,
+        type=_every,
         metavar="EVERY",
         help="again each second (or so many), until Ctrl-C",
     )
@@ -44,53 +50,71 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The holders that are asked for, the oldest first, and why a store could not be asked, by its alias."""
+
+    rows: Sequence[Row]
+    failed: Mapping[str, str]
+
+    @property
+    def code(self) -> int:
+        """0: somebody holds; 1: nobody does. Raises: CommandError where nobody was found, but not everywhere was looked."""
+        if not self.rows and self.failed:
+            raise CommandError("; ".join(_said(alias, error) for alias, error in self.failed.items()))
+        return 0 if self.rows else 1
+
+
 def run(options: Mapping[str, Any], out: Output) -> int:
     """Exit code 0: somebody holds; with `--evict`: somebody was evicted."""
     config = configuration()
     policies = policies_in_use(config)
-    wanted = options["policy"]
-    if wanted is not None and wanted not in policies:
-        raise CommandError(f"--policy {wanted}: there is no such policy{did_you_mean(wanted, policies)}")
     if options["evict"] is not None:
         return _evict(options, out, config, policies)
+    found = _find(options, config, policies)
+    if options["policy"] is not None and options["policy"] not in policies and not found.rows:
+        raise CommandError(
+            f"--policy {options['policy']}: there is no such policy{did_you_mean(options['policy'], policies)}"
+        )
     if options["watch"] is not None:
         return _watch(options, out, config, policies)
-    found = _rows(options, config, policies)
     if out.json:
-        out.document(_as_data(found, options))
-        return 0 if found else 1
-    if found:
-        out.table(COLUMNS, _cells(found, options))
+        out.document(_as_data(found, options, notes(config)))
+        return found.code
+    code = found.code
+    if found.rows:
+        out.table(COLUMNS, _cells(found.rows, options))
     else:
         out.line("Nobody holds a slot.")
+    for alias, error in found.failed.items():
+        out.note(_said(alias, error))
+    for note in notes(config):
+        out.note(note)
+    return code
+
+
+def _said(alias: str, error: str) -> str:
+    return f"backend {alias} cannot be asked: {error}"
+
+
+def _find(options: Mapping[str, Any], config: conf.Config, policies: Mapping[str, Sequence[Policy]]) -> Found:
+    found: list[Row] = []
+    failed: dict[str, str] = {}
     for store in stores(config):
-        if store.one_process:
-            out.line(
-                f"Note: backend {store.config.alias} counts in each process; only the holders of this command's own are seen.",
-                "yellow",
-            )
-    return 0 if found else 1
+        try:
+            found += [row for row in rows(store, leases(policies)) if _is_wanted(row, options, policies)]
+        except (BackendError, NotImplementedError) as error:
+            failed[store.config.alias] = str(error) or repr(error)
+    return Found(sorted(found, key=lambda row: -row.holder.age), failed)
 
 
-def _rows(options: Mapping[str, Any], config: conf.Config, policies: Mapping[str, Policy]) -> list[Row]:
-    """Those that are asked for, the oldest first."""
-    found = [row for store in stores(config) for row in _asked(store, policies) if _is_wanted(row, options, policies)]
-    return sorted(found, key=lambda row: -row.holder.age)
-
-
-def _asked(store: BaseBackend, policies: Mapping[str, Policy]) -> list[Row]:
-    try:
-        return rows(store, policies)
-    except (BackendError, NotImplementedError) as error:
-        raise CommandError(f"backend {store.config.alias}: {error}") from error
-
-
-def _is_wanted(row: Row, options: Mapping[str, Any], policies: Mapping[str, Policy]) -> bool:
+def _is_wanted(row: Row, options: Mapping[str, Any], policies: Mapping[str, Sequence[Policy]]) -> bool:
     holder = row.holder
+    known = policies.get(holder.policy)
     return (
         options["policy"] in (None, holder.policy)
         and (options["older_than"] is None or holder.age >= options["older_than"])
-        and (options["key"] is None or is_key(options["key"], holder, policies.get(holder.policy)))
+        and (options["key"] is None or is_key(options["key"], holder, known[0] if known else None))
     )
 
 
@@ -116,7 +140,7 @@ def _key(row: Row, options: Mapping[str, Any]) -> str:
     return row.holder.key if options["show_keys"] else masked(row.holder.key)
 
 
-def _as_data(found: Sequence[Row], options: Mapping[str, Any]) -> dict[str, Any]:
+def _as_data(found: Found, options: Mapping[str, Any], keep_in_mind: Sequence[str]) -> dict[str, Any]:
     return {
         "holders": [
             {
@@ -133,53 +157,57 @@ def _as_data(found: Sequence[Row], options: Mapping[str, Any]) -> dict[str, Any]
                 "overran": row.overran,
                 "not_renewed": row.not_renewed,
             }
-            for row in found
-        ]
+            for row in found.rows
+        ],
+        "failed": dict(found.failed),
+        "notes": list(keep_in_mind),
     }
 
 
-def _watch(options: Mapping[str, Any], out: Output, config: conf.Config, policies: Mapping[str, Policy]) -> int:
+def _watch(
+    options: Mapping[str, Any], out: Output, config: conf.Config, policies: Mapping[str, Sequence[Policy]]
+) -> int:
     """Until Ctrl-C. A store that fails meanwhile is said, and asked again."""
     live: Any = None
-    if not out.json:
+    if not out.json and out.console.is_terminal:
         from rich.live import Live
 
         live = Live(console=out.console, auto_refresh=False)
+    keep_in_mind = notes(config)
     try:
         with live or nullcontext():
             while True:
-                try:
-                    found = _rows(options, config, policies)
-                except CommandError as error:
-                    _show(out, live, str(error), {"error": str(error)})
+                found = _find(options, config, policies)
+                if out.json:
+                    out.document(_as_data(found, options, keep_in_mind))
                 else:
-                    title = f"{len(found)} holders at {time.strftime('%H:%M:%S')}"
-                    drawn = None if out.json else table(COLUMNS, _cells(found, options), title)
-                    _show(out, live, drawn, _as_data(found, options))
+                    said = [*(_said(alias, error) for alias, error in found.failed.items()), *keep_in_mind]
+                    title = "; ".join([f"{len(found.rows)} holders at {time.strftime('%H:%M:%S')}", *said])
+                    drawn = table(COLUMNS, _cells(found.rows, options), title)
+                    _ = out.console.print(drawn) if live is None else live.update(drawn, refresh=True)
                 time.sleep(options["watch"])
     except KeyboardInterrupt:
         return 0
 
 
-def _show(out: Output, live: Any, drawn: Any, data: Mapping[str, Any]) -> None:
-    if live is None:
-        out.document(data)
-    else:
-        live.update(drawn, refresh=True)
-
-
-def _evict(options: Mapping[str, Any], out: Output, config: conf.Config, policies: Mapping[str, Policy]) -> int:
+def _evict(
+    options: Mapping[str, Any], out: Output, config: conf.Config, policies: Mapping[str, Sequence[Policy]]
+) -> int:
     token = options["evict"]
+    if not _TOKEN.fullmatch(token):
+        raise CommandError(f"--evict {token!r}: expected a token as `holders` shows it, such as 6412d35a61953572-3")
     shared = [store for store in stores(config) if not store.one_process]
     if not shared:
         raise CommandError(
             "--evict: the store counts in each process, and this one holds nothing; restart the server instead"
         )
-    found = [row for store in shared for row in _asked(store, policies) if row.holder.token == token]
-    if found and not options["yes"] and not _agreed(found, options, out):
+    found = _find({**options, "policy": None, "key": None, "older_than": None}, config, policies)
+    theirs = [row for row in found.rows if row.holder.token == token]
+    aliases = {row.backend for row in theirs} | set(found.failed)
+    if theirs and not options["yes"] and not _agreed(theirs, options, out):
         out.line("Nobody was evicted.")
         return 1
-    evicted = [store.config.alias for store in shared if _evicted(store, token)]
+    evicted = [store.config.alias for store in shared if store.config.alias in aliases and _evicted(store, token)]
     if out.json:
         out.document({"token": token, "evicted": bool(evicted), "backends": evicted})
     elif evicted:
@@ -193,7 +221,7 @@ def _evicted(store: BaseBackend, token: str) -> bool:
     try:
         return store.evict(token)
     except (BackendError, NotImplementedError) as error:
-        raise CommandError(f"backend {store.config.alias}: {error}") from error
+        raise CommandError(_said(store.config.alias, str(error))) from error
 
 
 def _agreed(found: Sequence[Row], options: Mapping[str, Any], out: Output) -> bool:
@@ -209,6 +237,13 @@ def _agreed(found: Sequence[Row], options: Mapping[str, Any], out: Output) -> bo
     except EOFError:
         answer = ""
     return answer.strip().lower() in ("y", "yes")
+
+
+def _every(text: str) -> float:
+    seconds = _duration(text)
+    if seconds < OFTEN:
+        raise ArgumentTypeError(f"expected at least {OFTEN} seconds, as each look asks the stores for everybody")
+    return seconds
 
 
 def _duration(text: str) -> float:

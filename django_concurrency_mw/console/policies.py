@@ -13,11 +13,11 @@ from ..coverage import SecondName, Unmatched, covers, second_names, unmatched_pa
 from ..decorated import decorated, policies_in_use
 from ..exceptions import BackendError
 from ..keys import masked
-from ..limiter import MARK, store_of
+from ..limiter import is_replaced, store_of
 from ..occupancy import Use, uses
 from ..policies import Policy
 from ..routes import Route, routes
-from .config import configuration, stores
+from .config import configuration, notes, stores
 from .output import Output, near
 
 HELP = "the table as it is compiled: per policy what is held and the peak, per URL name its policies, and what no policy covers"
@@ -36,16 +36,18 @@ def run(options: Mapping[str, Any], out: Output) -> int:
     config = configuration()
     known = routes()
     try:
-        used = uses(policies_in_use(config).values(), lambda policy: store_of(policy, config))
+        first = [known[0] for known in policies_in_use(config).values()]
+        used, failed = uses(first, lambda policy: store_of(policy, config))
         if options["reset_peak"]:
             for store in stores(config):
                 store.reset_peaks()
     except (BackendError, ImproperlyConfigured, NotImplementedError) as error:
         raise CommandError(str(error)) from error
+    keep_in_mind = [*notes(config), *(f"backend {alias} cannot be asked: {error}" for alias, error in failed.items())]
     names = _by_name(known, config)
     around, unmatched = second_names(config.table, known), unmatched_patterns(config.table, known)
     if out.json:
-        out.document(_as_data(used, names, around, unmatched, options))
+        out.document({**_as_data(used, names, around, unmatched, options), "notes": keep_in_mind})
         return 0
     if not config.enabled:
         out.line("ENABLED is False: nothing is limited.", "red")
@@ -62,11 +64,8 @@ def run(options: Mapping[str, Any], out: Output) -> int:
         )
     if options["reset_peak"]:
         out.line("The peaks are forgotten.")
-    for store in stores(config):
-        if store.one_process:
-            out.line(
-                f"Note: backend {store.config.alias} counts in each process; only this command's own is seen.", "yellow"
-            )
+    for note in keep_in_mind:
+        out.note(note)
     return 0
 
 
@@ -75,11 +74,10 @@ def _by_name(known: Sequence[Route], config: conf.Config) -> dict[str, list[tupl
     found: dict[str, list[tuple[Policy, str]]] = {}
     for route in known:
         entry = found.setdefault(route.name, [])
-        marked = getattr(route.view, MARK, False)
         pairs = [
             (policy, _methods(policy))
             for policy in config.table
-            if covers(policy, route.name) and not (marked and policy.overridable)
+            if covers(policy, route.name) and not is_replaced(policy, route.view)
         ]
         try:
             pairs += [(one.policy, one.method or _methods(one.policy)) for one in decorated(route.view, config)]
@@ -103,9 +101,7 @@ def _tell_uses(used: Sequence[Use], options: Mapping[str, Any], out: Output) -> 
             (
                 one.policy.name + ("" if one.policy.block else " (shadow)"),
                 "none" if one.limit is None else str(one.limit),
-                str(one.in_flight),
-                str(len(one.by_key)),
-                str(one.busiest),
+                *_held(one),
                 "-" if one.peak is None else str(one.peak),
                 _full(one, options),
                 near(one.policy.place),
@@ -113,6 +109,12 @@ def _tell_uses(used: Sequence[Use], options: Mapping[str, Any], out: Output) -> 
             for one in used
         ],
     )
+
+
+def _held(one: Use) -> tuple[str, str, str]:
+    if one.in_flight is None:
+        return "?", "?", "?"
+    return str(one.in_flight), str(len(one.by_key)), str(one.busiest)
 
 
 def _full(one: Use, options: Mapping[str, Any]) -> str:

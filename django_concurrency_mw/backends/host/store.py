@@ -120,6 +120,11 @@ class HostBackend(BaseBackend):
         copied = self._visit(copied_by_one_of_us, None)
         return [] if copied is None else people.holders(copied)
 
+    def blind_spot(self) -> str:
+        if self._access.takes_part or os.path.lexists(self._where()):
+            return ""
+        return f"no process of this user and this settings module has used it yet: there is no {self._where()}"
+
     def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
         names = [semaphore(*slot.semaphore) for slot in slots]
         counts = self._visit(people.counts, names) or {}

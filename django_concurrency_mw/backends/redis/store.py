@@ -172,7 +172,9 @@ class RedisBackend(BaseBackend):
         try:
             with self._recipe.client() as client:
                 for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member, _ in client.zscan_iter(key, match=f"{token}\n*", count=1000):
+                    for member, _ in client.zscan_iter(
+                        key, match=wire.exactly(token.encode() + b"\n") + b"*", count=1000
+                    ):
                         if not wire.is_filler(member):
                             gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member, token)
                             found = bool(gone) or found

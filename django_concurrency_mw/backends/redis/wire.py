@@ -83,7 +83,7 @@ class Keys:
     def __init__(self, prefix: str) -> None:
         self.prefix = f"{{{prefix}}}:{FORMAT}:".encode()
         #: For SCAN: every semaphore of the alias, and nothing else of its keys.
-        self.pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self.prefix) + b"[-A-Za-z0-9_.]*:*"
+        self.pattern = exactly(self.prefix) + b"[-A-Za-z0-9_.]*:*"
         #: The tokens of those who were evicted, until their leases would have ended.
         self.tombstones = self.prefix + b"!evicted"
         self.peaks = self.prefix + b"!peaks"
@@ -182,6 +182,11 @@ def member(slot: Slot) -> bytes:
         _text(slot.key.text),
         _text(slot.path),
     )
+
+
+def exactly(text: bytes) -> bytes:
+    """A pattern that matches this text alone."""
+    return re.sub(rb"([\\*?\[\]])", rb"\\\1", text)
 
 
 def milliseconds(seconds: float) -> int:
