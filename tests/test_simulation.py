@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 
 from django_concurrency_mw.backends import BackendConfig, memory
 from django_concurrency_mw.keys import make_key, masked
+from django_concurrency_mw.loader import load_policies
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot
-from django_concurrency_mw.simulation import matching, report, running, text_lines
+from django_concurrency_mw.simulation import matching, reading, report, running, text_lines
 from django_concurrency_mw.simulation.formats import FORMATS, Wanted, recognise
 from django_concurrency_mw.simulation.slots import Slots
 from django_concurrency_mw.simulation.sorting import Sorter
+from django_concurrency_mw.simulation.spreading import EVENLY, Spreader, offsets
 from django_concurrency_mw.simulation.stamps import duration, microseconds, upstream
 
 START = 1_780_000_000_000  # milliseconds
@@ -325,6 +327,65 @@ def test_the_order_of_the_lines_is_that_of_the_ends(simulate: Simulate) -> None:
     arrivals = [Arrival(2000 * number + start, took) for number in range(30) for start, took in ((50, 700), (900, 1))]
     (entry,) = simulate(seconds_log(arrivals), told(max_concurrent=1))["policies"]
     assert entry["rejected"]["median"] == 0
+
+
+@pytest.mark.parametrize("first", ["the older", "the newer", "the newer, in one stream", "one of two hosts"])
+def test_the_order_of_the_logs_does_not_matter(first: str, simulate: Simulate, tmp_path: Path) -> None:
+    """The range has the truth in it, and is about as narrow as that of one log in order."""
+    arrivals = PATTERNS["rush"]
+    truth, usual = (simulate(log(arrivals), told(max_concurrent=5))["policies"][0] for log in (msec_log, seconds_log))
+    ends = in_order(arrivals)
+    older, newer = ends[:700], ends[700:]
+    if first == "one of two hosts":
+        draw = random.Random(5)
+        on_the_other = [draw.random() < 0.5 for _ in ends]
+        older, newer = (
+            [one for one, there in zip(ends, on_the_other, strict=True) if there is other] for other in (True, False)
+        )
+    logs = [seconds_log(older), seconds_log(newer)]
+    if first.startswith("the newer"):
+        logs.reverse()
+    if first.endswith("stream"):
+        found = simulate("".join(logs), told(max_concurrent=5))
+    else:
+        other = tmp_path / "other.log"
+        other.write_text(logs[1])
+        found = simulate(logs[0], told(max_concurrent=5), str(other))
+    (entry,) = found["policies"]
+    for figure in ("peak", "rejected"):
+        really, said, in_one = exact(truth[figure]), entry[figure], usual[figure]
+        assert said["low"] <= really <= said["high"], (figure, really, said)
+        assert said["high"] - said["low"] < 1.5 * (in_one["high"] - in_one["low"]), (figure, said, in_one)
+
+
+def test_a_second_that_went_by_is_one_group_when_its_lines_come_again() -> None:
+    """However far back a log goes; what is open keeps its order."""
+    spreader = Spreader(ordered=True)
+    seconds = [*range(100, 110), *range(50, 60), *range(55, 60)]
+    lines = [(second, number) for number, second in enumerate(second for second in seconds for _ in range(10))]
+    records = [record for second, number in lines for record in spreader.add(second, (second, number))]
+    records += spreader.rest()
+    assert sorted(number for _, number, _ in records) == list(range(len(lines)))
+    of_number = {number: offsets(packed) for _, number, packed in records}
+    for group in range(len(seconds)):
+        instants = [of_number[number] for number in range(10 * group, 10 * group + 10)]
+        assert [one[EVENLY] for one in instants] == list(range(50_000, 1_000_000, 100_000))
+        assert all(list(way) == sorted(way) for way in list(zip(*instants, strict=True))[:EVENLY])
+
+
+def test_the_same_second_of_two_logs_is_two_groups(tmp_path: Path) -> None:
+    """Short ones that hold nothing but this second: each host's ten requests come evenly, and beside the other's."""
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    for log in logs:
+        log.write_text(seconds_log([Arrival(100 * number + 10, 1) for number in range(10)]))
+    layout = recognise([("a.log:1", logs[0].read_text().splitlines()[0])], Wanted())
+    slots, kept = Slots(tmp_path), Sorter(tmp_path)
+    sources = [reading.Source(str(log)) for log in logs]
+    reading.read(sources, layout, matching.Matcher(load_policies({"policies": told()}), layout.available, slots), kept)
+    evenly = [offsets(packed)[EVENLY] for _, number, _, _, packed in sorted(kept, key=lambda record: record[1])]
+    assert evenly == 2 * list(range(50_000, 1_000_000, 100_000))
+    for opened in (*sources, slots):
+        opened.close()
 
 
 def test_a_range_goes_as_far_as_one_more_draw_might_and_covers_the_other_ways() -> None:
@@ -875,8 +936,6 @@ def test_short_runs_and_a_short_memory_give_the_same_report(
 
 def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
     """Paths with and without a view, keys with and without a value."""
-    from django_concurrency_mw.loader import load_policies
-
     slots = Slots(tmp_path)
     table = {**TABLE, "page": {"url_names": ["*"], "key": "get:page", "max_concurrent": 1}}
     matcher = matching.Matcher(load_policies({"policies": table}), frozenset({"ip"}), slots)
@@ -893,8 +952,6 @@ def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
 
 
 def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:
-    from django_concurrency_mw.loader import load_policies
-
     slots = Slots(tmp_path)
     matcher = matching.Matcher(load_policies({"policies": told()}), frozenset({"ip"}), slots)
     for number in range(50):

@@ -114,9 +114,9 @@ def read(
         told = partial(_tell, progress, before)
         _read(source, layout, matcher, arrivals, spreader, assumed, counted, told)
         before += source.size
-    if spreader is not None:
-        for record in spreader.rest():
-            arrivals.add(record)
+        if spreader is not None:  # the next log may be of the same seconds, or of earlier ones
+            for record in spreader.rest():
+                arrivals.add(record)
     _check(counted, at_end=True)
     return counted
 
