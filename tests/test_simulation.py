@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -688,6 +689,58 @@ def test_a_few_broken_lines_are_told_and_left_out_and_more_are_an_error(simulate
     assert simulate(good * 2000 + "rubbish\n" * 20, told())["log"]["broken_lines"] == 20
     with pytest.raises(CommandError, match=r"(?s)11 of 111 lines cannot be read.*access-2\.log:101: "):
         simulate(good * 100 + "rubbish\n" * 11, told())
+
+
+USUAL_JSON = {
+    "msec": 1780000000.123,
+    "request_time": 0.1,
+    "remote_addr": "203.0.113.9",
+    "request_uri": "/told/7/",
+    "request_method": "GET",
+    "status": 200,
+}
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"remote_addr": ["1.2.3.4"]}, r"an address that is no text: \['1\.2\.3\.4'\]; --field ip=NAME"),
+        ({"remote_addr": 7}, "an address that is no text: 7"),
+        ({"request_time": 1e300}, "longer than 30 years"),
+        ({"request_time": -1}, "less than nothing"),
+        ({"request_time": "x" * 1_000}, "could not convert"),
+        ({"msec": []}, "unhashable"),
+        ({"msec": -5}, "a stamp or a duration that is none"),
+        ({"msec": "0001-01-01T00:00:00Z"}, "before 1970"),
+        ("[" * 100_000, "not a line of the format json"),
+        ('{"msec": ' * 100_000, "not a line of the format json"),
+    ],
+)
+def test_a_json_line_with_something_odd_is_a_broken_one_wherever_it_stands(
+    odd: Any, why: str, simulate: Simulate
+) -> None:
+    line, good = (json.dumps(USUAL_JSON | one) if isinstance(one, dict) else one for one in (odd, {}))
+    document = simulate(f"{good}\n{line}\n{good}\n" * 2, told())
+    assert (document["log"]["broken_lines"], document["requests"]) == (2, 4)
+    assert re.search(why, document["log"]["first_broken"][0])
+    assert len(document["log"]["first_broken"][0]) < 250
+
+
+def test_a_json_line_whose_status_or_path_is_odd_is_read_all_the_same(simulate: Simulate) -> None:
+    odd: list[dict[str, Any]] = [{"status": []}, {"status": {}}, {"status": "429"}, {"status": 429}]
+    odd += [{"remote_addr": None}, {"request_uri": "/told/\ud800/"}]
+    document = simulate("".join(json.dumps(USUAL_JSON | one) + "\n" for one in odd), told(key="{kwargs.pk}"))
+    log = document["log"]
+    assert (log["broken_lines"], document["requests"], log["already_turned_away"]) == (0, 6, 2)
+
+
+def test_an_object_is_not_taken_for_the_address(simulate: Simulate) -> None:
+    """Where the address is inside of it nobody knows, so the policy is listed with what to say."""
+    line = json.dumps({**USUAL_JSON, "remote_addr": {"of": "203.0.113.9"}}) + "\n"
+    (entry,) = simulate(line, told() | {"all": TABLE["all"]})["not_replayable"]
+    assert entry == {"policy": "told", "missing": ["the client's address (--field ip=NAME)"]}
+    document = simulate(line, told(max_concurrent=0), "--field", "ip=remote_addr.of")
+    assert keys_of(document) == ["ip:203.0.113.9"]
 
 
 def test_lines_without_a_request_and_paths_without_a_view_ask_nobody(simulate: Simulate) -> None:

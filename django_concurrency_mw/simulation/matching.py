@@ -364,7 +364,7 @@ def _resolving() -> Callable[[str], Any]:
         if prefix and path.startswith(f"{prefix}/"):
             path = path[len(prefix) :]
         if "%" in path or not path.isascii():
-            path = repercent_broken_unicode(unquote_to_bytes(path)).decode()
+            path = repercent_broken_unicode(unquote_to_bytes(path.encode("utf-8", "surrogatepass"))).decode()
         spoken = translation.get_language_from_path(path) if speaks else None
         try:
             with translation.override(spoken or settings.LANGUAGE_CODE) if speaks else nullcontext():

@@ -22,6 +22,8 @@ from .stamps import SECOND, duration, microseconds, upstream
 SAMPLE = 100
 #: Broken lines whose places are told, and how many there may be whatever the length of the log; beyond it, one in a hundred.
 TOLD, FEW, ONE_IN = 5, 10, 100
+#: Characters of an error that are told: it may repeat all that stands in the log.
+LONGEST_WHY = 120
 #: Lines between two looks at the progress.
 STEP = 5_000
 
@@ -160,7 +162,7 @@ def _read(
             whole = None if took is None or took == "-" else duration(took, unit)
             own = None if served is None else upstream(served, served_unit)
         except (ValueError, TypeError, OverflowError) as error:
-            _broken(counted, source, number, f"a stamp or a duration that is none: {error}")
+            _broken(counted, source, number, f"a stamp or a duration that is none: {str(error)[:LONGEST_WHY]}")
             continue
         length = own if own is not None else whole
         if length is None:
@@ -169,6 +171,11 @@ def _read(
             if length is None:
                 _broken(counted, source, number, "no duration; say --assume-duration SECONDS for such lines")
                 continue
+        if ip is not None and not isinstance(ip, str):
+            _broken(
+                counted, source, number, f"an address that is no text: {shown(ip)}; --field ip=NAME says where it is"
+            )
+            continue
         start = at if from_start else at - max(length, whole or 0)
         if start < first:
             first = start
@@ -183,7 +190,7 @@ def _read(
             counted.no_view += slots is None
             continue
         counted.limited += 1
-        if status in _TURNED_AWAY:
+        if status == "429" or status == 429:  # JSON has anything here, and not all of it can be hashed
             counted.turned_away += 1
         if spreader is None:
             add((start, counted.limited, length, slots))
@@ -191,9 +198,6 @@ def _read(
             for record in spreader.add(at, (start, counted.limited, length, slots)):
                 add(record)
     counted.first, counted.last = first, last
-
-
-_TURNED_AWAY = frozenset({"429", 429})
 
 
 def _broken(counted: Counted, source: Source, number: int, message: str) -> None:
