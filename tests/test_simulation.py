@@ -664,7 +664,11 @@ def test_what_may_be_two_formats_has_to_be_said(simulate: Simulate) -> None:
         ('{"path": "/", "took_ms": 7}\n', (), "which field is the time"),
         ('{"ts": 1780000000.5, "path": "/"}\n', (), "no duration"),
         (f"{LINE} 0.250\n", ("--window", "soon"), "--window: expected seconds"),
-        (f"{LINE} 0.250\n", ("--window", "0"), "--window: expected more than 0"),
+        (f"{LINE} 0.250\n", ("--window", "0"), "--window: expected at least a millisecond, got '0'"),
+        (f"{LINE} 0.250\n", ("--window", "0.0000001"), "--window: expected at least a millisecond"),
+        (f"{LINE} 0.250\n", ("--window", "0.9ms"), "--window: expected at least a millisecond"),
+        (f"{LINE} 0.250\n", ("--window", "9" * 400), "--window: expected at most 30 years"),
+        (f"{LINE}\n", ("--assume-duration", "9" * 400), "--assume-duration: expected at most 30 years"),
         (f"{LINE} 0.250\n", ("--suggest", "most"), "--suggest: expected a share"),
         (f"{LINE} 0.250\n", ("--policies", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
     ],
@@ -934,6 +938,8 @@ def test_windows_say_when(simulate: Simulate) -> None:
     assert [exact(window["rejected"]) for window in entry["windows"]] == [0, 2, 0, 0]
     assert [exact(window["peak"]) for window in entry["windows"]] == [1, 5, 1, 1]
     assert simulate(msec_log([*quiet, *rush]), told())["window_seconds"] == 60
+    (entry,) = simulate(msec_log(rush), told(), "--window", "1ms")["policies"]
+    assert [window["start"] for window in entry["windows"]] == 5 * ["2026-05-28T20:38:20Z"]
 
 
 def test_the_text_has_the_figures_a_bar_per_window_and_what_is_left_out(tmp_path: Path) -> None:
