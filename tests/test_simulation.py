@@ -1019,6 +1019,28 @@ def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:
     slots.close()
 
 
+@pytest.mark.parametrize("key", ["ip", "{kwargs.pk}", "{kwargs.pk}/{ip}", "get:page", "header:X-Api-Key"])
+def test_what_clients_write_at_length_takes_no_memory(key: str, tmp_path: Path) -> None:
+    """Paths to a view and to none, queries, headers and addresses: looked up each time, and always the same."""
+    slots = Slots(tmp_path)
+    log_has = frozenset({"ip", "header.x-api-key"})
+    matcher = matching.Matcher(load_policies({"policies": told(key=key)}), log_has, slots)
+
+    def asked(number: int) -> tuple[int, ...] | None:
+        text = f"{number}{'x' * 4_000}"
+        matcher.ask("GET", f"/nowhere/{text}/", "203.0.113.9", [text] * len(matcher.further))
+        return matcher.ask("GET", f"/told/{text}/?page={text}", f"203.0.113.9{text}", [text] * len(matcher.further))
+
+    first = [asked(number) for number in range(20)]
+    for number in range(20):
+        matcher.ask("GET", f"/told/{number}/", "203.0.113.9", ["7"] * len(matcher.further))
+    held = [matcher._routes, *(keyed.known for keyed in matcher._keyed.values())]
+    assert all(len(repr(made_of)) < 500 for remembered in held for made_of in remembered)
+    assert len(matcher._routes) == 20
+    assert [asked(number) for number in range(20)] == first
+    slots.close()
+
+
 def test_the_page_names_every_format_its_line_and_every_option(root: Path) -> None:
     page = (root / "docs" / "simulate.md").read_text()
     for row in FORMATS.values():
