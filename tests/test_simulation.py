@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import apachelogs
@@ -27,7 +28,7 @@ from django_concurrency_mw.keys import make_key, masked
 from django_concurrency_mw.loader import load_policies
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot
 from django_concurrency_mw.simulation import matching, reading, report, running, text_lines
-from django_concurrency_mw.simulation.formats import FORMATS, Wanted, recognise
+from django_concurrency_mw.simulation.formats import FORMATS, FormatError, Wanted, recognise
 from django_concurrency_mw.simulation.slots import Slots
 from django_concurrency_mw.simulation.sorting import Sorter
 from django_concurrency_mw.simulation.spreading import EVENLY, Spreader, offsets
@@ -499,6 +500,29 @@ def test_a_format_is_known_by_its_first_line(
     assert duration(raw[4], layout.unit) == took
     assert (None if raw[5] is None else upstream(raw[5], layout.served_unit)) == served
     assert microseconds(raw[0]) == 1_780_000_000_000_000 + (123_000 if format_name == "nginx-msec" else 0)
+
+
+def test_a_first_line_may_have_a_hundred_values_or_a_very_long_one() -> None:
+    def first(tail: str) -> Any:
+        line = f"{LINE} 0.250{tail}"
+        return recognise([("access.log:1", line)], Wanted(format="nginx")).parser(())(line)
+
+    assert first(" 1" * 99)[4] == "0.250"
+    with pytest.raises(FormatError, match=r"access\.log:1: more than 100 values behind the combined format"):
+        first(" 1" * 5_000)
+    began = process_time()
+    for tail in (f" {'x' * 100_000}", f' "{"x" * 100_000}"', f" 0.1{', 0.1' * 20_000}", f" name={'1' * 100_000}"):
+        assert first(tail)[4] == "0.250"
+    assert process_time() - began < 5
+
+
+@pytest.mark.parametrize("tail", [f'{" " * 70}x"', f' 0.1{" : 0.1" * 300} "x'], ids=["spaces", "times"])
+def test_a_line_that_does_not_fit_is_given_up_at_once(tail: str) -> None:
+    parse = recognise([("access.log:1", f"{LINE} 0.250 0.100 a b c")], Wanted()).parser(())
+    began = process_time()
+    assert parse(LINE + tail) is None
+    assert process_time() - began < 1
+    assert parse(f"{LINE}   0.250  0.1 : 0.2, -  a  b c  \n") is not None
 
 
 @pytest.mark.parametrize(
