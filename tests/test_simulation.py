@@ -469,6 +469,15 @@ def _escape(text: str) -> str:
 
 LINE = '203.0.113.9 - - [28/May/2026:20:26:40 +0000] "POST /told/7/?page=2 HTTP/1.1" 200 12 "-" "curl/8.1"'
 
+USUAL_JSON = {
+    "msec": 1780000000.123,
+    "request_time": 0.1,
+    "remote_addr": "203.0.113.9",
+    "request_uri": "/told/7/",
+    "request_method": "GET",
+    "status": 200,
+}
+
 
 @pytest.mark.parametrize(
     ("tail", "options", "format_name", "took", "served"),
@@ -703,6 +712,36 @@ def test_errors_say_the_place_and_the_cure(line: str, options: tuple[str, ...], 
     assert error.value.returncode == 2
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        json.dumps({"\x1b[31mred": 1, **{f"name-{number}": 1 for number in range(5_000)}}),
+        json.dumps({**USUAL_JSON, "msec": f"\x1b[31m{'7' * 5_000}"}),
+        json.dumps({**USUAL_JSON, "msec": "1780000000.5", "request_time": f"\x1b[31m{'7' * 5_000}"}),
+        json.dumps({**USUAL_JSON, "remote_addr": {"\x1b[31m": "7" * 5_000}}),
+        f"\x1b[31m{'7' * 5_000}",
+        LINE.replace("28/May", "\x1b[31m/May") + " 0.250",
+        f'{LINE} 0.250 \x1b[31m"{"7" * 5_000}',
+        f'{LINE} name\x1b="7" 0.250',
+        f"{LINE} " + " ".join(f"name{number}=7" for number in range(90)),
+    ],
+)
+def test_an_error_repeats_little_of_the_log_and_nothing_that_a_terminal_obeys(log: str, simulate: Simulate) -> None:
+    for options in (("--field", "ip=nothing"), ("--field", "ip=remote_addr")):
+        with pytest.raises(CommandError) as error:
+            simulate(f"{log}\n" * 12, told(), *options)
+        assert str(error.value).replace("\n", "").isprintable()
+        assert len(str(error.value)) < 2_500
+
+
+def test_a_compressed_log_that_is_damaged(simulate: Simulate) -> None:
+    whole = gzip.compress(f"{LINE} 0.250\n".encode() * 20_000)
+    damaged = whole[:60] + bytes(20) + whole[80:]
+    for log in (whole[:-100], damaged):
+        with pytest.raises(CommandError, match="cannot be read to its end"):
+            simulate(log, told())
+
+
 def test_a_log_that_is_not_there() -> None:
     with pytest.raises(CommandError, match=r"/nowhere/access\.log: cannot be read: No such file"):
         call_command("concurrency", "simulate", "/nowhere/access.log")
@@ -717,16 +756,6 @@ def test_a_few_broken_lines_are_told_and_left_out_and_more_are_an_error(simulate
     assert simulate(good * 2000 + "rubbish\n" * 20, told())["log"]["broken_lines"] == 20
     with pytest.raises(CommandError, match=r"(?s)11 of 111 lines cannot be read.*access-2\.log:101: "):
         simulate(good * 100 + "rubbish\n" * 11, told())
-
-
-USUAL_JSON = {
-    "msec": 1780000000.123,
-    "request_time": 0.1,
-    "remote_addr": "203.0.113.9",
-    "request_uri": "/told/7/",
-    "request_method": "GET",
-    "status": 200,
-}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..exceptions import did_you_mean, shown
-from .formats import FORMATS, FormatError, Kind, Layout, Parser, Raw, Wanted, unit_in_microseconds, without_duration
+from .formats import (
+    FORMATS,
+    FormatError,
+    Kind,
+    Layout,
+    Parser,
+    Raw,
+    Wanted,
+    listed,
+    unit_in_microseconds,
+    without_duration,
+)
 from .stamps import SECOND, microseconds
 
 #: Names by which fields are known without --field, best first. A dot goes into an object, as in Caddy's `request.uri`.
@@ -47,13 +58,11 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
         if all(_getter(theirs)(record) is None and not _has(theirs, record) for record in _records(sample)):
             raise FormatError(
                 f"{place}: no field {shown(theirs)}, which --field {ours}={theirs} names{did_you_mean(theirs, first)}. "
-                f"There are {', '.join(map(str, first))}"
+                f"There are {listed(first)}"
             )
     for ours in ("time", "path"):
         if ours not in names:
-            raise FormatError(
-                f"{place}: which field is the {ours}? Say --field {ours}=NAME. There are {', '.join(map(str, first))}"
-            )
+            raise FormatError(f"{place}: which field is the {ours}? Say --field {ours}=NAME. There are {listed(first)}")
     if "duration" not in names and "upstream" not in names and wanted.assumed is None:
         raise without_duration(place, [FORMATS["json"]])
     unit, served_unit = (
@@ -64,7 +73,7 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     try:
         microseconds(get_time(first))
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{place}: the stamp {shown(get_time(first))} is none that is known: {error}") from error
+        raise FormatError(f"{place}: the stamp {shown(get_time(first))} is none that is known") from error
     fine = [_fraction(get_time(record)) for record in _records(sample)]
     starts: Kind = "start" if names["time"].rpartition(".")[2] in _STARTS else "end"
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,7 +67,7 @@ class Source:
         try:
             for line in self._lines:  # noqa: UP028  # `yield from` would close the file at the end of the first look
                 yield line
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise FormatError(f"{self.name}: cannot be read to its end: {error}") from error
 
     def close(self) -> None:

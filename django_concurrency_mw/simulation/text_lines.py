@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..exceptions import did_you_mean, shown
-from .formats import FORMATS, Format, FormatError, Layout, Parser, Raw, Wanted, unit_in_microseconds, without_duration
+from .formats import (
+    FORMATS,
+    Format,
+    FormatError,
+    Layout,
+    Parser,
+    Raw,
+    Wanted,
+    listed,
+    unit_in_microseconds,
+    without_duration,
+)
 from .stamps import UNITS, microseconds
 
 _QUOTED = r'[^"\\]*+(?:\\.[^"\\]*+)*+'
@@ -81,7 +92,7 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
         if theirs not in names:
             raise FormatError(
                 f"{place}: has no value called {shown(theirs)}, which --field {ours}={theirs} names"
-                f"{did_you_mean(theirs, names)}. There are {', '.join(names)}; write others behind it as name=value"
+                f"{did_you_mean(theirs, names)}. There are {listed(names)}; write others behind it as name=value"
             )
     upstream = wanted.fields.get("upstream", "upstream_response_time")
     row = row or _kind(duration, tokens, stamp, wanted, place)
@@ -96,7 +107,7 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     try:
         whole = microseconds(stamp if moments == 2 else tokens[moments - _FIRST_OF_TAIL].value) % 1_000_000 == 0
     except ValueError as error:
-        raise FormatError(f"{place}: the stamp {shown(stamp)} is none that is known: {error}") from error
+        raise FormatError(f"{place}: the stamp {shown(stamp)} is none that is known") from error
     whole = whole and moments == 2 and not re.search(r":\d\d[.,]\d|^\d+\.\d", stamp)
     sources = {ours: names[theirs] for ours, theirs in (_OWN | dict(wanted.fields)).items() if theirs in names}
     took, served = names.get(duration or "", -1), names.get(upstream, -1)
