@@ -7,11 +7,13 @@ import gzip
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import apachelogs
@@ -23,11 +25,13 @@ from hypothesis import strategies as st
 
 from django_concurrency_mw.backends import BackendConfig, memory
 from django_concurrency_mw.keys import make_key, masked
+from django_concurrency_mw.loader import load_policies
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot
-from django_concurrency_mw.simulation import matching, report, running, text_lines
-from django_concurrency_mw.simulation.formats import FORMATS, Wanted, recognise
+from django_concurrency_mw.simulation import matching, reading, report, running, text_lines
+from django_concurrency_mw.simulation.formats import FORMATS, FormatError, Wanted, recognise
 from django_concurrency_mw.simulation.slots import Slots
 from django_concurrency_mw.simulation.sorting import Sorter
+from django_concurrency_mw.simulation.spreading import EVENLY, Spreader, offsets
 from django_concurrency_mw.simulation.stamps import duration, microseconds, upstream
 
 START = 1_780_000_000_000  # milliseconds
@@ -327,6 +331,65 @@ def test_the_order_of_the_lines_is_that_of_the_ends(simulate: Simulate) -> None:
     assert entry["rejected"]["median"] == 0
 
 
+@pytest.mark.parametrize("first", ["the older", "the newer", "the newer, in one stream", "one of two hosts"])
+def test_the_order_of_the_logs_does_not_matter(first: str, simulate: Simulate, tmp_path: Path) -> None:
+    """The range has the truth in it, and is about as narrow as that of one log in order."""
+    arrivals = PATTERNS["rush"]
+    truth, usual = (simulate(log(arrivals), told(max_concurrent=5))["policies"][0] for log in (msec_log, seconds_log))
+    ends = in_order(arrivals)
+    older, newer = ends[:700], ends[700:]
+    if first == "one of two hosts":
+        draw = random.Random(5)
+        on_the_other = [draw.random() < 0.5 for _ in ends]
+        older, newer = (
+            [one for one, there in zip(ends, on_the_other, strict=True) if there is other] for other in (True, False)
+        )
+    logs = [seconds_log(older), seconds_log(newer)]
+    if first.startswith("the newer"):
+        logs.reverse()
+    if first.endswith("stream"):
+        found = simulate("".join(logs), told(max_concurrent=5))
+    else:
+        other = tmp_path / "other.log"
+        other.write_text(logs[1])
+        found = simulate(logs[0], told(max_concurrent=5), str(other))
+    (entry,) = found["policies"]
+    for figure in ("peak", "rejected"):
+        really, said, in_one = exact(truth[figure]), entry[figure], usual[figure]
+        assert said["low"] <= really <= said["high"], (figure, really, said)
+        assert said["high"] - said["low"] < 1.5 * (in_one["high"] - in_one["low"]), (figure, said, in_one)
+
+
+def test_a_second_that_went_by_is_one_group_when_its_lines_come_again() -> None:
+    """However far back a log goes; what is open keeps its order."""
+    spreader = Spreader(ordered=True)
+    seconds = [*range(100, 110), *range(50, 60), *range(55, 60)]
+    lines = [(second, number) for number, second in enumerate(second for second in seconds for _ in range(10))]
+    records = [record for second, number in lines for record in spreader.add(second, (second, number))]
+    records += spreader.rest()
+    assert sorted(number for _, number, _ in records) == list(range(len(lines)))
+    of_number = {number: offsets(packed) for _, number, packed in records}
+    for group in range(len(seconds)):
+        instants = [of_number[number] for number in range(10 * group, 10 * group + 10)]
+        assert [one[EVENLY] for one in instants] == list(range(50_000, 1_000_000, 100_000))
+        assert all(list(way) == sorted(way) for way in list(zip(*instants, strict=True))[:EVENLY])
+
+
+def test_the_same_second_of_two_logs_is_two_groups(tmp_path: Path) -> None:
+    """Short ones that hold nothing but this second: each host's ten requests come evenly, and beside the other's."""
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    for log in logs:
+        log.write_text(seconds_log([Arrival(100 * number + 10, 1) for number in range(10)]))
+    layout = recognise([("a.log:1", logs[0].read_text().splitlines()[0])], Wanted())
+    slots, kept = Slots(tmp_path), Sorter(tmp_path)
+    sources = [reading.Source(str(log)) for log in logs]
+    reading.read(sources, layout, matching.Matcher(load_policies({"policies": told()}), layout.available, slots), kept)
+    evenly = [offsets(packed)[EVENLY] for _, number, _, _, packed in sorted(kept, key=lambda record: record[1])]
+    assert evenly == 2 * list(range(50_000, 1_000_000, 100_000))
+    for opened in (*sources, slots):
+        opened.close()
+
+
 def test_a_range_goes_as_far_as_one_more_draw_might_and_covers_the_other_ways() -> None:
     drawn = [100, 101, 99, 100, 102, 98, 100, 101, 99]
     found = report.figure([*drawn, 100, 100, 10_000])
@@ -406,6 +469,15 @@ def _escape(text: str) -> str:
 
 LINE = '203.0.113.9 - - [28/May/2026:20:26:40 +0000] "POST /told/7/?page=2 HTTP/1.1" 200 12 "-" "curl/8.1"'
 
+USUAL_JSON = {
+    "msec": 1780000000.123,
+    "request_time": 0.1,
+    "remote_addr": "203.0.113.9",
+    "request_uri": "/told/7/",
+    "request_method": "GET",
+    "status": 200,
+}
+
 
 @pytest.mark.parametrize(
     ("tail", "options", "format_name", "took", "served"),
@@ -437,6 +509,29 @@ def test_a_format_is_known_by_its_first_line(
     assert duration(raw[4], layout.unit) == took
     assert (None if raw[5] is None else upstream(raw[5], layout.served_unit)) == served
     assert microseconds(raw[0]) == 1_780_000_000_000_000 + (123_000 if format_name == "nginx-msec" else 0)
+
+
+def test_a_first_line_may_have_a_hundred_values_or_a_very_long_one() -> None:
+    def first(tail: str) -> Any:
+        line = f"{LINE} 0.250{tail}"
+        return recognise([("access.log:1", line)], Wanted(format="nginx")).parser(())(line)
+
+    assert first(" 1" * 99)[4] == "0.250"
+    with pytest.raises(FormatError, match=r"access\.log:1: more than 100 values behind the combined format"):
+        first(" 1" * 5_000)
+    began = process_time()
+    for tail in (f" {'x' * 100_000}", f' "{"x" * 100_000}"', f" 0.1{', 0.1' * 20_000}", f" name={'1' * 100_000}"):
+        assert first(tail)[4] == "0.250"
+    assert process_time() - began < 5
+
+
+@pytest.mark.parametrize("tail", [f'{" " * 70}x"', f' 0.1{" : 0.1" * 300} "x'], ids=["spaces", "times"])
+def test_a_line_that_does_not_fit_is_given_up_at_once(tail: str) -> None:
+    parse = recognise([("access.log:1", f"{LINE} 0.250 0.100 a b c")], Wanted()).parser(())
+    began = process_time()
+    assert parse(LINE + tail) is None
+    assert process_time() - began < 1
+    assert parse(f"{LINE}   0.250  0.1 : 0.2, -  a  b c  \n") is not None
 
 
 @pytest.mark.parametrize(
@@ -602,7 +697,11 @@ def test_what_may_be_two_formats_has_to_be_said(simulate: Simulate) -> None:
         ('{"path": "/", "took_ms": 7}\n', (), "which field is the time"),
         ('{"ts": 1780000000.5, "path": "/"}\n', (), "no duration"),
         (f"{LINE} 0.250\n", ("--window", "soon"), "--window: expected seconds"),
-        (f"{LINE} 0.250\n", ("--window", "0"), "--window: expected more than 0"),
+        (f"{LINE} 0.250\n", ("--window", "0"), "--window: expected at least a millisecond, got '0'"),
+        (f"{LINE} 0.250\n", ("--window", "0.0000001"), "--window: expected at least a millisecond"),
+        (f"{LINE} 0.250\n", ("--window", "0.9ms"), "--window: expected at least a millisecond"),
+        (f"{LINE} 0.250\n", ("--window", "9" * 400), "--window: expected at most 30 years"),
+        (f"{LINE}\n", ("--assume-duration", "9" * 400), "--assume-duration: expected at most 30 years"),
         (f"{LINE} 0.250\n", ("--suggest", "most"), "--suggest: expected a share"),
         (f"{LINE} 0.250\n", ("--policies", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
     ],
@@ -611,6 +710,36 @@ def test_errors_say_the_place_and_the_cure(line: str, options: tuple[str, ...], 
     with pytest.raises(CommandError, match=said) as error:
         simulate(line, told(), *options)
     assert error.value.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        json.dumps({"\x1b[31mred": 1, **{f"name-{number}": 1 for number in range(5_000)}}),
+        json.dumps({**USUAL_JSON, "msec": f"\x1b[31m{'7' * 5_000}"}),
+        json.dumps({**USUAL_JSON, "msec": "1780000000.5", "request_time": f"\x1b[31m{'7' * 5_000}"}),
+        json.dumps({**USUAL_JSON, "remote_addr": {"\x1b[31m": "7" * 5_000}}),
+        f"\x1b[31m{'7' * 5_000}",
+        LINE.replace("28/May", "\x1b[31m/May") + " 0.250",
+        f'{LINE} 0.250 \x1b[31m"{"7" * 5_000}',
+        f'{LINE} name\x1b="7" 0.250',
+        f"{LINE} " + " ".join(f"name{number}=7" for number in range(90)),
+    ],
+)
+def test_an_error_repeats_little_of_the_log_and_nothing_that_a_terminal_obeys(log: str, simulate: Simulate) -> None:
+    for options in (("--field", "ip=nothing"), ("--field", "ip=remote_addr")):
+        with pytest.raises(CommandError) as error:
+            simulate(f"{log}\n" * 12, told(), *options)
+        assert str(error.value).replace("\n", "").isprintable()
+        assert len(str(error.value)) < 2_500
+
+
+def test_a_compressed_log_that_is_damaged(simulate: Simulate) -> None:
+    whole = gzip.compress(f"{LINE} 0.250\n".encode() * 20_000)
+    damaged = whole[:60] + bytes(20) + whole[80:]
+    for log in (whole[:-100], damaged):
+        with pytest.raises(CommandError, match="cannot be read to its end"):
+            simulate(log, told())
 
 
 def test_a_log_that_is_not_there() -> None:
@@ -627,6 +756,48 @@ def test_a_few_broken_lines_are_told_and_left_out_and_more_are_an_error(simulate
     assert simulate(good * 2000 + "rubbish\n" * 20, told())["log"]["broken_lines"] == 20
     with pytest.raises(CommandError, match=r"(?s)11 of 111 lines cannot be read.*access-2\.log:101: "):
         simulate(good * 100 + "rubbish\n" * 11, told())
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"remote_addr": ["1.2.3.4"]}, r"an address that is no text: \['1\.2\.3\.4'\]; --field ip=NAME"),
+        ({"remote_addr": 7}, "an address that is no text: 7"),
+        ({"request_time": 1e300}, "longer than 30 years"),
+        ({"request_time": -1}, "less than nothing"),
+        ({"request_time": "x" * 1_000}, "could not convert"),
+        ({"msec": []}, "unhashable"),
+        ({"msec": -5}, "a stamp or a duration that is none"),
+        ({"msec": "0001-01-01T00:00:00Z"}, "before 1970"),
+        ("[" * 100_000, "not a line of the format json"),
+        ('{"msec": ' * 100_000, "not a line of the format json"),
+    ],
+)
+def test_a_json_line_with_something_odd_is_a_broken_one_wherever_it_stands(
+    odd: Any, why: str, simulate: Simulate
+) -> None:
+    line, good = (json.dumps(USUAL_JSON | one) if isinstance(one, dict) else one for one in (odd, {}))
+    document = simulate(f"{good}\n{line}\n{good}\n" * 2, told())
+    assert (document["log"]["broken_lines"], document["requests"]) == (2, 4)
+    assert re.search(why, document["log"]["first_broken"][0])
+    assert len(document["log"]["first_broken"][0]) < 250
+
+
+def test_a_json_line_whose_status_or_path_is_odd_is_read_all_the_same(simulate: Simulate) -> None:
+    odd: list[dict[str, Any]] = [{"status": []}, {"status": {}}, {"status": "429"}, {"status": 429}]
+    odd += [{"remote_addr": None}, {"request_uri": "/told/\ud800/"}]
+    document = simulate("".join(json.dumps(USUAL_JSON | one) + "\n" for one in odd), told(key="{kwargs.pk}"))
+    log = document["log"]
+    assert (log["broken_lines"], document["requests"], log["already_turned_away"]) == (0, 6, 2)
+
+
+def test_an_object_is_not_taken_for_the_address(simulate: Simulate) -> None:
+    """Where the address is inside of it nobody knows, so the policy is listed with what to say."""
+    line = json.dumps({**USUAL_JSON, "remote_addr": {"of": "203.0.113.9"}}) + "\n"
+    (entry,) = simulate(line, told() | {"all": TABLE["all"]})["not_replayable"]
+    assert entry == {"policy": "told", "missing": ["the client's address (--field ip=NAME)"]}
+    document = simulate(line, told(max_concurrent=0), "--field", "ip=remote_addr.of")
+    assert keys_of(document) == ["ip:203.0.113.9"]
 
 
 def test_lines_without_a_request_and_paths_without_a_view_ask_nobody(simulate: Simulate) -> None:
@@ -820,6 +991,8 @@ def test_windows_say_when(simulate: Simulate) -> None:
     assert [exact(window["rejected"]) for window in entry["windows"]] == [0, 2, 0, 0]
     assert [exact(window["peak"]) for window in entry["windows"]] == [1, 5, 1, 1]
     assert simulate(msec_log([*quiet, *rush]), told())["window_seconds"] == 60
+    (entry,) = simulate(msec_log(rush), told(), "--window", "1ms")["policies"]
+    assert [window["start"] for window in entry["windows"]] == 5 * ["2026-05-28T20:38:20Z"]
 
 
 def test_the_text_has_the_figures_a_bar_per_window_and_what_is_left_out(tmp_path: Path) -> None:
@@ -875,8 +1048,6 @@ def test_short_runs_and_a_short_memory_give_the_same_report(
 
 def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
     """Paths with and without a view, keys with and without a value."""
-    from django_concurrency_mw.loader import load_policies
-
     slots = Slots(tmp_path)
     table = {**TABLE, "page": {"url_names": ["*"], "key": "get:page", "max_concurrent": 1}}
     matcher = matching.Matcher(load_policies({"policies": table}), frozenset({"ip"}), slots)
@@ -893,13 +1064,33 @@ def test_no_cycles_are_made_as_nobody_collects_them(tmp_path: Path) -> None:
 
 
 def test_a_method_of_a_clients_own_takes_no_memory(tmp_path: Path) -> None:
-    from django_concurrency_mw.loader import load_policies
-
     slots = Slots(tmp_path)
     matcher = matching.Matcher(load_policies({"policies": told()}), frozenset({"ip"}), slots)
     for number in range(50):
         assert matcher.ask(f"M{number}", "/told/7/", "203.0.113.9", ()) == (0,)
     assert all(not route.plans for route in matcher._routes.values())
+    slots.close()
+
+
+@pytest.mark.parametrize("key", ["ip", "{kwargs.pk}", "{kwargs.pk}/{ip}", "get:page", "header:X-Api-Key"])
+def test_what_clients_write_at_length_takes_no_memory(key: str, tmp_path: Path) -> None:
+    """Paths to a view and to none, queries, headers and addresses: looked up each time, and always the same."""
+    slots = Slots(tmp_path)
+    log_has = frozenset({"ip", "header.x-api-key"})
+    matcher = matching.Matcher(load_policies({"policies": told(key=key)}), log_has, slots)
+
+    def asked(number: int) -> tuple[int, ...] | None:
+        text = f"{number}{'x' * 4_000}"
+        matcher.ask("GET", f"/nowhere/{text}/", "203.0.113.9", [text] * len(matcher.further))
+        return matcher.ask("GET", f"/told/{text}/?page={text}", f"203.0.113.9{text}", [text] * len(matcher.further))
+
+    first = [asked(number) for number in range(20)]
+    for number in range(20):
+        matcher.ask("GET", f"/told/{number}/", "203.0.113.9", ["7"] * len(matcher.further))
+    held = [matcher._routes, *(keyed.known for keyed in matcher._keyed.values())]
+    assert all(len(repr(made_of)) < 500 for remembered in held for made_of in remembered)
+    assert len(matcher._routes) == 20
+    assert [asked(number) for number in range(20)] == first
     slots.close()
 
 

@@ -15,7 +15,7 @@ from ..loader import load_policies
 from ..policies import PolicyTable
 from ..simulation.formats import FORMATS, FormatError, Wanted, parse_field
 from ..simulation.running import Options, Progress, simulate
-from ..simulation.stamps import UNITS
+from ..simulation.stamps import LONGEST, SECOND, UNITS
 from .config import configuration
 from .output import Output
 
@@ -25,6 +25,8 @@ HELP = "replay an access log against the policies: peaks, would-be rejections, w
 WIDTH = 40
 #: Bars of one chart; of more windows only those with rejections are shown, and not more than these.
 MOST_BARS = 80
+#: Seconds: stamps are no finer.
+SHORTEST_WINDOW = 0.001
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _SHARE = re.compile(r"[Pp]?(\d{1,2}(?:\.\d+)?|100)")
@@ -71,8 +73,8 @@ def run(options: Mapping[str, Any], out: Output) -> int:
             _seconds("--window", options["window"]),
             _share(options["suggest"]),
         )
-        if asked.window == 0:
-            raise FormatError("--window: expected more than 0")
+        if asked.window is not None and asked.window < SHORTEST_WINDOW:
+            raise FormatError(f"--window: expected at least a millisecond, got {shown(options['window'])}")
         with _progress() as progress:
             document = simulate(options["logs"], _table(options["policies"]), asked, progress)
     except FormatError as error:
@@ -99,7 +101,10 @@ def _seconds(option: str, text: str | None) -> float | None:
     found = _DURATION.fullmatch(str(text))
     if found is None:
         raise FormatError(f"{option}: expected seconds such as 90, or text such as 10m, got {shown(text)}")
-    return float(found[1]) * _SECONDS[found[2] or "s"]
+    seconds = float(found[1]) * _SECONDS[found[2] or "s"]
+    if seconds * SECOND > LONGEST:
+        raise FormatError(f"{option}: expected at most 30 years, got {shown(text)}")
+    return seconds
 
 
 def _share(text: str | None) -> float | None:

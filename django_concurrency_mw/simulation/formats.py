@@ -7,7 +7,7 @@ in this, nothing is guessed: the person has to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -102,6 +102,9 @@ class Layout:
 
 #: Our own fields that every policy may need, and those of which a log has many: `header.X-Api-Key`.
 PLAIN_FIELDS: Final = ("time", "duration", "upstream", "method", "path", "ip", "status", "user", "session", "host")
+#: Names that an error message lists.
+MOST_LISTED: Final = 40
+_PLAIN = re.compile(r"[\w.$@-]{1,80}")
 _NAMED_FIELDS = re.compile(r"(?:header\.[\w-]+|user(?:\.\w+)+|session\.[\w-]+)")
 
 
@@ -121,6 +124,13 @@ def parse_field(text: str) -> tuple[str, str]:
 def canonical(name: str) -> str:
     """One spelling for a field: a header's name has no case."""
     return name.lower().replace("_", "-") if name.startswith("header.") else name
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names that a log has, for an error message: what is no plain word may be anything."""
+    names = list(names)
+    few = ", ".join(name if _PLAIN.fullmatch(name) else shown(name) for name in names[:MOST_LISTED])
+    return few if len(names) <= MOST_LISTED else f"{few} and {len(names) - MOST_LISTED:,} more"
 
 
 def unit_of(name: str, said: str | None) -> str | None:

@@ -7,8 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..exceptions import did_you_mean, shown
-from .formats import FORMATS, FormatError, Kind, Layout, Parser, Raw, Wanted, unit_in_microseconds, without_duration
-from .stamps import microseconds
+from .formats import (
+    FORMATS,
+    FormatError,
+    Kind,
+    Layout,
+    Parser,
+    Raw,
+    Wanted,
+    listed,
+    unit_in_microseconds,
+    without_duration,
+)
+from .stamps import SECOND, microseconds
 
 #: Names by which fields are known without --field, best first. A dot goes into an object, as in Caddy's `request.uri`.
 USUAL: Final[Mapping[str, tuple[str, ...]]] = {
@@ -40,20 +51,18 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     place, first = _first(sample)
     names = dict(wanted.fields)
     for ours, usual in USUAL.items():
-        found = next((name for name in usual if _getter(name)(first) is not None), None)
+        found = next((name for name in usual if _usable(ours, _getter(name)(first))), None)
         if ours not in names and found is not None:
             names[ours] = found
     for ours, theirs in wanted.fields.items():
         if all(_getter(theirs)(record) is None and not _has(theirs, record) for record in _records(sample)):
             raise FormatError(
                 f"{place}: no field {shown(theirs)}, which --field {ours}={theirs} names{did_you_mean(theirs, first)}. "
-                f"There are {', '.join(map(str, first))}"
+                f"There are {listed(first)}"
             )
     for ours in ("time", "path"):
         if ours not in names:
-            raise FormatError(
-                f"{place}: which field is the {ours}? Say --field {ours}=NAME. There are {', '.join(map(str, first))}"
-            )
+            raise FormatError(f"{place}: which field is the {ours}? Say --field {ours}=NAME. There are {listed(first)}")
     if "duration" not in names and "upstream" not in names and wanted.assumed is None:
         raise without_duration(place, [FORMATS["json"]])
     unit, served_unit = (
@@ -62,9 +71,10 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     )
     get_time = _getter(names["time"])
     try:
-        fine = [microseconds(get_time(record)) % 1_000_000 for record in _records(sample) if get_time(record)]
+        microseconds(get_time(first))
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{place}: the stamp {shown(get_time(first))} is none that is known: {error}") from error
+        raise FormatError(f"{place}: the stamp {shown(get_time(first))} is none that is known") from error
+    fine = [_fraction(get_time(record)) for record in _records(sample)]
     starts: Kind = "start" if names["time"].rpartition(".")[2] in _STARTS else "end"
 
     def parser(further: Sequence[str]) -> Parser:
@@ -80,11 +90,8 @@ def _parser(names: Mapping[str, str], further: Sequence[Get]) -> Parser:
     )
 
     def parse(line: str) -> Raw | None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-        if not isinstance(record, dict):
+        record = _object(line)
+        if record is None:
             return None
         verb, target = method(record), path(record)
         if isinstance(target, str) and " " in target:  # a whole request line
@@ -102,6 +109,15 @@ def _parser(names: Mapping[str, str], further: Sequence[Get]) -> Parser:
         )
 
     return parse
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """None for what is no object, or is nested so deep that nobody reads it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _nothing(record: Any) -> None:
@@ -124,6 +140,19 @@ def _getter(name: str) -> Get:
     return get
 
 
+def _fraction(stamp: Any) -> int:
+    """Of a second; 0 where it is no stamp: that line will be counted as broken."""
+    try:
+        return microseconds(stamp) % SECOND
+    except (ValueError, TypeError):
+        return 0
+
+
+def _usable(ours: str, value: Any) -> bool:
+    """What is called `client` may be an object that has the address in it: only the person knows where."""
+    return isinstance(value, str) if ours == "ip" else value is not None
+
+
 def _has(name: str, record: Mapping[str, Any]) -> bool:
     return name in record
 
@@ -133,23 +162,12 @@ def _value(value: Any) -> str | None:
 
 
 def _records(sample: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    found = []
-    for _, line in sample:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return [record for _, line in sample if (record := _object(line)) is not None]
 
 
 def _first(sample: Sequence[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
     for place, line in sample:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
+        record = _object(line)
+        if record is not None:
             return place, record
     raise FormatError(f"{sample[0][0]}: not a JSON object: {shown(sample[0][1])}")

@@ -30,6 +30,8 @@ from .slots import Slots
 
 #: Paths, and keys of one policy, that are remembered.
 REMEMBERED: Final = 150_000
+#: Characters of them: clients write longer ones as they like, and those are looked up each time.
+LONGEST: Final = 200
 _NOBODY_TRUSTED = TrustedProxies()
 
 #: Instead of a slot: the policy does not apply. What is below stands for a policy that turns away who has no key.
@@ -180,6 +182,8 @@ class Matcher:
             if len(keyed.known) >= REMEMBERED:
                 keyed.known.clear()
             number, by_address = self._find(keyed, method, path, query, ip, further)
+            if _length(with_address) > LONGEST:
+                return number
             if by_address:
                 keyed.known[made_of] = _BY_ADDRESS
                 made_of = with_address
@@ -222,7 +226,8 @@ class Matcher:
             marked = bool(getattr(match.func, MARK, False))
             route = self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
             self._latest = (path, match.kwargs)
-        self._routes[path] = route
+        if len(path) <= LONGEST:
+            self._routes[path] = route
         return route
 
     def _plan(self, route: _Route, method: str) -> Plan:
@@ -236,6 +241,13 @@ class Matcher:
         if method in self._methods:  # a client's own words take no memory
             route.plans[method] = plan
         return plan
+
+
+def _length(made_of: Any) -> int:
+    """Characters, of texts that may lie in tuples."""
+    if isinstance(made_of, tuple):
+        return sum(map(_length, made_of))
+    return len(made_of) if isinstance(made_of, str) else 0
 
 
 def needs_of(policy: Policy) -> tuple[frozenset[str], list[str]]:
@@ -364,7 +376,7 @@ def _resolving() -> Callable[[str], Any]:
         if prefix and path.startswith(f"{prefix}/"):
             path = path[len(prefix) :]
         if "%" in path or not path.isascii():
-            path = repercent_broken_unicode(unquote_to_bytes(path)).decode()
+            path = repercent_broken_unicode(unquote_to_bytes(path.encode("utf-8", "surrogatepass"))).decode()
         spoken = translation.get_language_from_path(path) if speaks else None
         try:
             with translation.override(spoken or settings.LANGUAGE_CODE) if speaks else nullcontext():

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,8 @@ from .stamps import SECOND, duration, microseconds, upstream
 SAMPLE = 100
 #: Broken lines whose places are told, and how many there may be whatever the length of the log; beyond it, one in a hundred.
 TOLD, FEW, ONE_IN = 5, 10, 100
+#: Characters of an error that are told: it may repeat all that stands in the log.
+LONGEST_WHY = 120
 #: Lines between two looks at the progress.
 STEP = 5_000
 
@@ -64,7 +67,7 @@ class Source:
         try:
             for line in self._lines:  # noqa: UP028  # `yield from` would close the file at the end of the first look
                 yield line
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise FormatError(f"{self.name}: cannot be read to its end: {error}") from error
 
     def close(self) -> None:
@@ -114,9 +117,9 @@ def read(
         told = partial(_tell, progress, before)
         _read(source, layout, matcher, arrivals, spreader, assumed, counted, told)
         before += source.size
-    if spreader is not None:
-        for record in spreader.rest():
-            arrivals.add(record)
+        if spreader is not None:  # the next log may be of the same seconds, or of earlier ones
+            for record in spreader.rest():
+                arrivals.add(record)
     _check(counted, at_end=True)
     return counted
 
@@ -160,7 +163,7 @@ def _read(
             whole = None if took is None or took == "-" else duration(took, unit)
             own = None if served is None else upstream(served, served_unit)
         except (ValueError, TypeError, OverflowError) as error:
-            _broken(counted, source, number, f"a stamp or a duration that is none: {error}")
+            _broken(counted, source, number, f"a stamp or a duration that is none: {str(error)[:LONGEST_WHY]}")
             continue
         length = own if own is not None else whole
         if length is None:
@@ -169,6 +172,11 @@ def _read(
             if length is None:
                 _broken(counted, source, number, "no duration; say --assume-duration SECONDS for such lines")
                 continue
+        if ip is not None and not isinstance(ip, str):
+            _broken(
+                counted, source, number, f"an address that is no text: {shown(ip)}; --field ip=NAME says where it is"
+            )
+            continue
         start = at if from_start else at - max(length, whole or 0)
         if start < first:
             first = start
@@ -183,7 +191,7 @@ def _read(
             counted.no_view += slots is None
             continue
         counted.limited += 1
-        if status in _TURNED_AWAY:
+        if status == "429" or status == 429:  # JSON has anything here, and not all of it can be hashed
             counted.turned_away += 1
         if spreader is None:
             add((start, counted.limited, length, slots))
@@ -191,9 +199,6 @@ def _read(
             for record in spreader.add(at, (start, counted.limited, length, slots)):
                 add(record)
     counted.first, counted.last = first, last
-
-
-_TURNED_AWAY = frozenset({"429", 429})
 
 
 def _broken(counted: Counted, source: Source, number: int, message: str) -> None:

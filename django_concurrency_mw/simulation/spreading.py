@@ -1,8 +1,8 @@
-"""Spreading: whole seconds to instants within them, in several ways at once, and a replay of each.
+"""Spreading: whole seconds to instants within them, in several ways at once.
 
 A log whose stamp is the end is written in the order of the ends, so of the lines of one second the n-th ends n-th: their
 instants are drawn at random and given out in order. Where the stamp is the start, the order of the lines says nothing about
-the starts.
+the starts. Lines of the same second that another log has, or the same one much later, have an order of their own.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ class Spreader:
         self._open: dict[int, list[Record]] = {}
 
     def add(self, second: int, record: Record) -> Iterator[Record]:
-        """Returns those whose second is over."""
+        """Returns those whose second is over: which was opened first, as a log of several that were joined may go back."""
         lines = self._open.get(second)
         if lines is None:
             lines = self._open[second] = []
             lines.append(record)
             if len(self._open) > OPEN:
-                return self._close(min(self._open))
+                return self._close(next(iter(self._open)))
         else:
             lines.append(record)
         return iter(())
 
     def rest(self) -> Iterator[Record]:
+        """The log is over."""
         for second in sorted(self._open):
             yield from self._close(second)
 

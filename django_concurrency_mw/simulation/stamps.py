@@ -6,7 +6,11 @@ import re
 from datetime import datetime
 from functools import lru_cache
 
+from ..exceptions import shown
+
 SECOND = 1_000_000
+#: What a request may take; beyond it, a start may be in no year of the calendar.
+LONGEST = 30 * 365 * 86_400 * SECOND
 UNITS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 
 _NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -46,6 +50,8 @@ def _microseconds(stamp: str | int | float) -> int:
     moment = datetime.fromisoformat(stamp.replace(",", "."))
     if moment.tzinfo is None:
         moment = datetime.fromisoformat(f"{moment.isoformat()}+00:00")
+    if moment < _EPOCH:
+        raise ValueError(f"{shown(stamp)} is before 1970")
     return (moment - _EPOCH) // _MICROSECOND
 
 
@@ -57,8 +63,8 @@ _MICROSECOND = datetime.resolution
 def duration(value: str | int | float, unit: float) -> int:
     """A duration; `unit` is how many microseconds one is. Raises: ValueError."""
     took = round(float(value) * unit)
-    if took < 0:
-        raise ValueError(f"{value} is less than nothing")
+    if not 0 <= took <= LONGEST:
+        raise ValueError(f"{shown(value)} is {'less than nothing' if took < 0 else 'longer than 30 years'}")
     return took
 
 

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..exceptions import did_you_mean, shown
-from .formats import FORMATS, Format, FormatError, Layout, Parser, Raw, Wanted, unit_in_microseconds, without_duration
+from .formats import (
+    FORMATS,
+    Format,
+    FormatError,
+    Layout,
+    Parser,
+    Raw,
+    Wanted,
+    listed,
+    unit_in_microseconds,
+    without_duration,
+)
 from .stamps import UNITS, microseconds
 
 _QUOTED = r'[^"\\]*+(?:\\.[^"\\]*+)*+'
@@ -22,6 +33,8 @@ _COMBINED = (
     rf'"(?:([!-~]+) ([^\s"\\]*+(?:\\.[^\s"\\]*+)*+) HTTP/[0-9.]+|{_QUOTED})" '
     rf'(\d{{3}}|-) \S+(?: "({_QUOTED})" "({_QUOTED})")?'
 )
+#: The same where nothing is tried twice: of a line that does not fit, every way to divide a run of spaces would be.
+_BARE_ONCE = r"(?>[-\d.]++(?:(?:,| :) [-\d.]++)++(?=\s|$)|[^\s\"]*+)"
 _BEGINNING = re.compile(_COMBINED)
 _TOKEN = re.compile(rf'\s+(?:([A-Za-z_][\w.$-]*)=)?(?:"({_QUOTED})"|({_BARE}))(?=\s|$)')
 _MILLISECONDS = re.compile(r"\d+\.\d{3}")
@@ -30,6 +43,9 @@ _EPOCH = re.compile(r"\d{9,11}\.\d{3}")
 _TRIED = re.compile(r"[-\d.]+(?:(?:,| :) [-\d.]+)*")
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
+
+#: Values behind the combined format: each is compared with all before it, and is a part of the regular expression.
+MOST_VALUES = 100
 
 #: What values behind the combined format are called; the short ones are what people write.
 _CALLED = {"rt": "request_time", "urt": "upstream_response_time"}
@@ -76,7 +92,7 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
         if theirs not in names:
             raise FormatError(
                 f"{place}: has no value called {shown(theirs)}, which --field {ours}={theirs} names"
-                f"{did_you_mean(theirs, names)}. There are {', '.join(names)}; write others behind it as name=value"
+                f"{did_you_mean(theirs, names)}. There are {listed(names)}; write others behind it as name=value"
             )
     upstream = wanted.fields.get("upstream", "upstream_response_time")
     row = row or _kind(duration, tokens, stamp, wanted, place)
@@ -91,7 +107,7 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     try:
         whole = microseconds(stamp if moments == 2 else tokens[moments - _FIRST_OF_TAIL].value) % 1_000_000 == 0
     except ValueError as error:
-        raise FormatError(f"{place}: the stamp {shown(stamp)} is none that is known: {error}") from error
+        raise FormatError(f"{place}: the stamp {shown(stamp)} is none that is known") from error
     whole = whole and moments == 2 and not re.search(r":\d\d[.,]\d|^\d+\.\d", stamp)
     sources = {ours: names[theirs] for ours, theirs in (_OWN | dict(wanted.fields)).items() if theirs in names}
     took, served = names.get(duration or "", -1), names.get(upstream, -1)
@@ -137,6 +153,8 @@ def _tail(place: str, text: str) -> list[_Token]:
         found = _TOKEN.match(text, at)
         if found is None:
             raise FormatError(f"{place}: cannot read {shown(text[at:])} behind the combined format")
+        if len(tokens) == MOST_VALUES:
+            raise FormatError(f"{place}: more than {MOST_VALUES} values behind the combined format, so it is none")
         at, written, quoted = found.end(), found[1] or "", found[2] is not None
         name = _CALLED.get(written, written) or _role(found[2] if quoted else found[3], quoted, tokens)
         tokens.append(_Token(name, written, quoted, found[2] if quoted else found[3]))
@@ -184,8 +202,8 @@ def _kind(duration: str | None, tokens: Sequence[_Token], stamp: str, wanted: Wa
 
 
 def _pattern(token: _Token) -> str:
-    before = rf"\s+{re.escape(token.written)}{'=' if token.written else ''}"
-    return f'{before}"({_QUOTED})"' if token.quoted else f"{before}({_BARE})"
+    before = rf"\s++{re.escape(token.written)}{'=' if token.written else ''}"
+    return f'{before}"({_QUOTED})"' if token.quoted else f"{before}({_BARE_ONCE})"
 
 
 def _value(text: str | None) -> str | None:
