@@ -23,9 +23,9 @@ def lost(policy: Policy, age: float, overrun: float) -> None:
             "An operator took the slot away, or the process was stopped, or its store away, for longer than the ttl: raise "
             "`ttl` where that is to be survived."
         )
-    since = f", {overrun:.1f} s ago" if overrun >= 0.05 else ""
+    since = f", its lease ended {overrun:.1f} s ago" if overrun >= 0.05 else ""
     logger.warning(
-        "policy %s: a request has run for %.1f s and its slot is lost (its lease, ttl %g s, has ended%s), so somebody else may "
+        "policy %s: a request has run for %.1f s and its slot is lost (ttl %g s%s), so somebody else may "
         "have it. %s (Said once per process and policy.)",
         policy.name,
         age,

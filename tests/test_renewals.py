@@ -701,7 +701,7 @@ class TestWhatTheRequestIsTold:
         assert record.levelno == logging.WARNING
         assert said.startswith("policy p: a request has run for 0.")
         assert "ttl 0.05 s" in said
-        assert "has ended, 0." in said
+        assert "lease ended 0." in said
         assert cure in said
 
     def test_one_that_was_lost_at_its_renewal(
@@ -712,7 +712,7 @@ class TestWhatTheRequestIsTold:
         store.evict(only(lease).slot.token)
         look(lease)
         assert caplog.text.count("its slot is lost") == 1
-        assert "has ended)" in caplog.text, "nobody knows when"
+        assert "s), so somebody" in caplog.text, "nobody knows when"
         lease.release()
         assert released == [False]
         assert caplog.text.count("its slot is lost") == 1

@@ -76,7 +76,7 @@ def test_without_renewal_the_slot_ends_and_the_late_release_is_told_once(
         assert wait_until(lambda: "slot is lost" in site.text())
         (line,) = [line for line in site.text().splitlines() if "slot is lost" in line]
         assert "policy cap" in line
-        assert "has ended, 1." in line
+        assert "lease ended 1." in line
         assert "Raise `ttl`" in line
         for thread in second:
             thread.join()
