@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import apachelogs
 import pytest
@@ -265,6 +266,11 @@ def test_a_slot_ends_with_its_lease_where_nobody_renews_it(simulate: Simulate) -
     assert exact(simulate(msec_log(arrivals), told(max_concurrent=1, ttl=2, max_age=2))["rejected"]) == 0
 
 
+def test_who_was_turned_away_is_forgotten_when_the_slot_would_have_ended(simulate: Simulate) -> None:
+    arrivals = [Arrival(0, 5000), Arrival(500, 5000), Arrival(2600, 300), Arrival(2700, 100)]
+    assert exact(simulate(msec_log(arrivals), told(max_concurrent=1, ttl=2, max_age=2))["rejected"]) == 2
+
+
 # Whole seconds
 
 
@@ -385,14 +391,14 @@ def test_one_regular_expression_reads_what_the_apachelogs_package_reads() -> Non
         layout = recognise([("here:1", line)], Wanted(format="apache"))
         raw = layout.parser(["header.user-agent"])(line)
         assert raw is not None
-        stamp, verb, target, address, length, _, code, further = raw
+        stamp, verb, target, address, length, _, code, name = raw
         assert address == entry.remote_host
         assert microseconds(stamp) == round(entry.request_time.timestamp()) * 1_000_000
         assert f"{verb} {path} HTTP/1.1" == entry.request_line
-        assert matching.unquote_to_bytes(target) == matching.unquote_to_bytes(path)
+        assert unquote_to_bytes(target) == unquote_to_bytes(path)
         assert int(code) == entry.final_status
         assert duration(length, layout.unit) == entry.request_duration_microseconds
-        assert further[0] == (entry.headers_in["User-Agent"] if agent not in ("", "-") else None)
+        assert name == (entry.headers_in["User-Agent"] if agent not in ("", "-") else None)
 
     check()
 
