@@ -73,7 +73,6 @@ def measure(log: str, policies: str, profile: bool) -> None:
     else:
         call_command(*arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    used = resource.getrusage(resource.RUSAGE_SELF)
     took = f"{perf_counter() - began:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of a processor"
     # ru_maxrss has the process that started this one in it.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
