@@ -159,7 +159,7 @@ class Resolver:
                 _warn_no_address(policy.name)
             return KeyMissing(policy, spec.text, policy.missing == "reject")
         if spec.kind == "template":
-            return make_key(_own_text(_join(spec, values)))
+            return template_key(spec, values)
         return make_key(f"{spec.text}:{values[0]}")
 
     def _by_address(self, policy: Policy, prefix: str, text: str) -> Key | KeyMissing:
@@ -293,6 +293,11 @@ class Resolver:
             return split_domain_port(self._request.get_host())[0] or None
         except (DisallowedHost, KeyError):
             return None
+
+
+def template_key(spec: KeySpec, values: Sequence[str]) -> Key:
+    """A template's key from the text of each placeholder."""
+    return make_key(_own_text(_join(spec, values)))
 
 
 def make_key(text: str) -> Key:

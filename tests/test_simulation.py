@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from time import process_time
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import apachelogs
 import pytest
@@ -269,6 +270,11 @@ def test_a_slot_ends_with_its_lease_where_nobody_renews_it(simulate: Simulate) -
     assert exact(simulate(msec_log(arrivals), told(max_concurrent=1, ttl=2, max_age=2))["rejected"]) == 0
 
 
+def test_who_was_turned_away_is_forgotten_when_the_slot_would_have_ended(simulate: Simulate) -> None:
+    arrivals = [Arrival(0, 5000), Arrival(500, 5000), Arrival(2600, 300), Arrival(2700, 100)]
+    assert exact(simulate(msec_log(arrivals), told(max_concurrent=1, ttl=2, max_age=2))["rejected"]) == 2
+
+
 # Whole seconds
 
 
@@ -448,14 +454,14 @@ def test_one_regular_expression_reads_what_the_apachelogs_package_reads() -> Non
         layout = recognise([("here:1", line)], Wanted(format="apache"))
         raw = layout.parser(["header.user-agent"])(line)
         assert raw is not None
-        stamp, verb, target, address, length, _, code, further = raw
+        stamp, verb, target, address, length, _, code, name = raw
         assert address == entry.remote_host
         assert microseconds(stamp) == round(entry.request_time.timestamp()) * 1_000_000
         assert f"{verb} {path} HTTP/1.1" == entry.request_line
-        assert matching.unquote_to_bytes(target) == matching.unquote_to_bytes(path)
+        assert unquote_to_bytes(target) == unquote_to_bytes(path)
         assert int(code) == entry.final_status
         assert duration(length, layout.unit) == entry.request_duration_microseconds
-        assert further[0] == (entry.headers_in["User-Agent"] if agent not in ("", "-") else None)
+        assert name == (entry.headers_in["User-Agent"] if agent not in ("", "-") else None)
 
     check()
 
@@ -1105,3 +1111,18 @@ def test_the_page_names_every_format_its_line_and_every_option(root: Path) -> No
 
 def test_escapes_are_bytes() -> None:
     assert text_lines.unescaped(r"a\"b\\c\x41\n") == 'a"b\\cA\n'
+
+
+def test_a_format_that_the_log_has_not(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    log.write_text('1.2.3.4 - - [28/May/2026:20:26:40 +0000] "GET /told/ HTTP/1.1" 200 5 "-" "-" 0.100\n')
+    table = tmp_path / "policies.yaml"
+    table.write_text('policies: {a: {url_names: ["*"], key: ip, max_concurrent: 2}}')
+    with pytest.raises(CommandError, match=r"access\.log:1: --format nginx-msec, but the line has no \$msec"):
+        call_command("concurrency", "simulate", str(log), "--policies", str(table), "--format", "nginx-msec")
+
+
+def test_a_peak_of_requests_that_were_there_is_at_least_one() -> None:
+    drawn = [1, 1, 3, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    assert report.figure(drawn)["low"] == 0
+    assert report.figure(drawn, least=1)["low"] == 1

@@ -173,8 +173,8 @@ def _about(log: Mapping[str, Any]) -> Iterator[str]:
         yield f"{log['lines_without_a_request']:,} lines have no request in them"
     if log["already_turned_away"]:
         yield (
-            f"{log['already_turned_away']:,} were answered 429 when the log was written: how long they would have run is not "
-            "known, so the true figures are higher"
+            f"{log['already_turned_away']:,} of the requests with a policy were answered 429 when the log was written: how "
+            "long they would have run is not known, so the true figures are higher"
         )
     if log["assumed_durations"]:
         yield f"{log['assumed_durations']:,} requests have the assumed duration"

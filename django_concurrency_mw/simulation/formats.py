@@ -16,8 +16,8 @@ from .stamps import UNITS
 
 Kind = Literal["start", "end"]
 
-#: What a line says: stamp, method, target, address, duration, the server's own duration, status, further values.
-Raw = tuple[Any, Any, Any, Any, Any, Any, Any, Sequence[Any]]
+#: What a line says: stamp, method, target, address, duration, the server's own duration, status, and further values.
+Raw = tuple[Any, ...]
 Parser = Callable[[str], "Raw | None"]
 
 

@@ -105,7 +105,7 @@ def _parser(names: Mapping[str, str], further: Sequence[Get]) -> Parser:
             took(record),
             served(record),
             status(record),
-            [_value(get(record)) for get in further] if further else (),
+            *[_value(get(record)) for get in further],
         )
 
     return parse

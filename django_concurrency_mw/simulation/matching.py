@@ -6,17 +6,12 @@ never made up: a policy that needs it is left out, with what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final
-from urllib.parse import unquote_to_bytes
 
-from django.conf import settings
 from django.http import HttpRequest, QueryDict
-from django.urls import Resolver404, get_resolver
-from django.utils.encoding import repercent_broken_unicode
 
 from ..client import TrustedProxies, parse_address
 from ..keys import Resolver
@@ -26,6 +21,8 @@ from ..outcomes import Asked, KeyMissing
 from ..policies import STANDARD_METHODS, Policy, PolicyTable
 from ..steps import Ask, Steps
 from .formats import canonical
+from .paths import resolving
+from .quick_keys import asked_for, quick_key
 from .slots import Slots
 
 #: Paths, and keys of one policy, that are remembered.
@@ -53,7 +50,7 @@ class LeftOut:
     missing: tuple[str, ...]
 
 
-#: What a policy's key is made of.
+#: What a policy's key is made of: nothing, the address, the path, or several things.
 _CONSTANT, _BY_IP, _BY_PATH, _GENERAL = range(4)
 
 
@@ -70,11 +67,12 @@ class _Keyed:
         "of_path",
         "of_query",
         "policy",
+        "quick",
         "used",
     )
 
     def __init__(self, index: int, policy: Policy, needs: frozenset[str], further: Sequence[str]) -> None:
-        self.index, self.policy = index, policy
+        self.index, self.policy, self.quick = index, policy, quick_key(policy)
         roots = {part.root for part in policy.key.parts if isinstance(part, Part)} | {policy.key.kind}
         self.of_path, self.of_query, self.of_method = "kwargs" in roots, "get" in roots, "method" in roots
         self.used = [number for number, name in enumerate(further) if name in needs]
@@ -128,7 +126,7 @@ class Matcher:
         self._nowhere = _Route({}, None)
         #: The path that was resolved last, with the view's keyword arguments: to keep those of all would take most memory.
         self._latest: tuple[str, Mapping[str, Any]] = ("", {})
-        self._resolve = _resolving()
+        self._resolve = resolving()
         self._singles: list[tuple[int]] = []
 
     def ask(self, method: str, target: str, ip: str | None, further: Sequence[Any]) -> tuple[int, ...] | None:
@@ -145,14 +143,11 @@ class Matcher:
         if not plan:
             return ()
         found = []
+        simple = (None, ip, path)
         for keyed, known, kind in plan:
             made_of: Any
-            if kind == _BY_IP:
-                made_of = ip
-            elif kind == _BY_PATH:
-                made_of = path
-            elif kind == _CONSTANT:
-                made_of = None
+            if kind != _GENERAL:
+                made_of = simple[kind]
             else:
                 made_of = (
                     ip if keyed.of_address else "",
@@ -161,11 +156,16 @@ class Matcher:
                     method if keyed.of_method else "",
                     *[further[place] for place in keyed.used],
                 )
-            number = known.get(made_of)
-            if number is None or number == _BY_ADDRESS:
+            try:
+                number = known[made_of]
+            except KeyError:
                 number = self._look_up(keyed, made_of, method, path, query, ip, further)
-            if number != NONE:
-                found.append(number)
+            if number < 0:
+                if number == _BY_ADDRESS:
+                    number = self._look_up(keyed, made_of, method, path, query, ip, further)
+                if number == NONE:
+                    continue
+            found.append(number)
         if len(found) == 1 and found[0] >= 0:  # these are kept by the hundred thousand, so each is made once
             singles = self._singles
             while found[0] >= len(singles):
@@ -177,7 +177,7 @@ class Matcher:
         self, keyed: _Keyed, made_of: Any, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
     ) -> int:
         with_address = (made_of, ip)
-        number = keyed.known.get(with_address)
+        number = keyed.known.get(with_address) if keyed.falls_back else None
         if number is None:
             if len(keyed.known) >= REMEMBERED:
                 keyed.known.clear()
@@ -194,13 +194,14 @@ class Matcher:
         self, keyed: _Keyed, method: str, path: str, query: str, ip: str | None, further: Sequence[Any]
     ) -> tuple[int, bool]:
         """The slot, and whether it is the address that decided where something else might have."""
+        kwargs = self._kwargs(path) if keyed.of_path else {}
+        if keyed.quick is not None and (key := keyed.quick(ip, kwargs)) is not None:
+            return self.slots.number(keyed.index, asked_for(keyed.policy, key)), False
         address = None if ip is None else parse_address(ip[:64])
         if address is None and keyed.policy.key.kind == "ip":
             return refused(keyed.index) if keyed.policy.missing == "reject" else NONE, False
         request = _Line(method, query, None if address is None else ip, zip(self.further, further, strict=True))
-        resolver = Resolver(
-            request, self._kwargs(path) if keyed.of_path else {}, _NOBODY_TRUSTED, "HTTP_X_FORWARDED_FOR"
-        )
+        resolver = Resolver(request, kwargs, _NOBODY_TRUSTED, "HTTP_X_FORWARDED_FOR")
         asking = _answer(resolver.resolve((keyed.policy,)))
         if not asking:
             return NONE, False
@@ -224,7 +225,8 @@ class Matcher:
             route = self._nowhere
         else:
             marked = bool(getattr(match.func, MARK, False))
-            route = self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
+            known = self._views.get((match.view_name, marked))
+            route = known or self._views.setdefault((match.view_name, marked), _Route({}, match.view_name, marked))
             self._latest = (path, match.kwargs)
         if len(path) <= LONGEST:
             self._routes[path] = route
@@ -354,34 +356,3 @@ def _answer(steps: Steps[list[Asked | KeyMissing]]) -> list[Asked | KeyMissing]:
             effect = steps.send(effect.function(*effect.arguments) if isinstance(effect, Ask) else None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
-
-
-def _resolving() -> Callable[[str], Any]:
-    """A path as a log has it to what it leads to; None where that is nowhere."""
-    from django.conf.urls.i18n import is_language_prefix_patterns_used
-    from django.utils import translation
-
-    resolver = get_resolver()
-    prefix = (getattr(settings, "FORCE_SCRIPT_NAME", None) or "").rstrip("/")
-    speaks = (
-        bool(getattr(settings, "ROOT_URLCONF", None)) and is_language_prefix_patterns_used(settings.ROOT_URLCONF)[0]
-    )
-
-    def resolve(path: str) -> Any:
-        if not path.startswith("/"):
-            _, found, rest = path.partition("://")
-            if not found:
-                return None
-            path = f"/{rest.partition('/')[2]}"
-        if prefix and path.startswith(f"{prefix}/"):
-            path = path[len(prefix) :]
-        if "%" in path or not path.isascii():
-            path = repercent_broken_unicode(unquote_to_bytes(path.encode("utf-8", "surrogatepass"))).decode()
-        spoken = translation.get_language_from_path(path) if speaks else None
-        try:
-            with translation.override(spoken or settings.LANGUAGE_CODE) if speaks else nullcontext():
-                return resolver.resolve(path)
-        except Resolver404:
-            return None
-
-    return resolve

@@ -9,7 +9,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from ..exceptions import shown
 from .formats import FormatError, Layout
 from .matching import Matcher
 from .spreading import Spreader
-from .stamps import SECOND, duration, microseconds, upstream
+from .stamps import SECOND, Remembered, duration, microseconds, upstream
 
 #: Lines by which a log is recognised.
 SAMPLE = 100
@@ -25,7 +24,7 @@ SAMPLE = 100
 TOLD, FEW, ONE_IN = 5, 10, 100
 #: Characters of an error that are told: it may repeat all that stands in the log.
 LONGEST_WHY = 120
-#: Lines between two looks at the progress.
+#: Lines that are taken together, before a look at the progress.
 STEP = 5_000
 
 
@@ -112,10 +111,17 @@ def read(
     """
     counted = Counted()
     spreader = Spreader(ordered=layout.stamp == "end") if layout.whole else None
+    reader = _Reader(layout, matcher, arrivals, spreader, assumed, counted)
     before = 0
     for source in sources:
-        told = partial(_tell, progress, before)
-        _read(source, layout, matcher, arrivals, spreader, assumed, counted, told)
+        lines = source.lines()
+        number = 0
+        while together := list(islice(lines, STEP)):
+            reader.take(source.name, number, together)
+            number += len(together)
+            if progress is not None:
+                progress(before + source.position())
+            _check(counted, at_end=False)
         before += source.size
         if spreader is not None:  # the next log may be of the same seconds, or of earlier ones
             for record in spreader.rest():
@@ -124,87 +130,100 @@ def read(
     return counted
 
 
-def _tell(progress: Callable[[int], None] | None, before: int, here: int) -> None:
-    if progress is not None:
-        progress(before + here)
+class _Reader:
+    """What is made of lines: many are taken at a time, so that what is the same for all of them is looked up seldom."""
 
+    def __init__(
+        self,
+        layout: Layout,
+        matcher: Matcher,
+        arrivals: Keeps,
+        spreader: Spreader | None,
+        assumed: float | None,
+        counted: Counted,
+    ) -> None:
+        self._layout, self._counted = layout, counted
+        self._parse, self._ask = layout.parser(matcher.further), matcher.ask
+        self._arrivals, self._spreader = arrivals, spreader
+        self._assumed = None if assumed is None else round(assumed * SECOND)
+        self._durations, self._upstreams = (
+            Remembered(duration, layout.unit),
+            Remembered(upstream, layout.served_unit),
+        )
 
-def _read(
-    source: Source,
-    layout: Layout,
-    matcher: Matcher,
-    arrivals: Keeps,
-    spreader: Spreader | None,
-    assumed: float | None,
-    counted: Counted,
-    progress: Callable[[int], object],
-) -> None:
-    parse, ask, add = layout.parser(matcher.further), matcher.ask, arrivals.add
-    unit, served_unit, from_start = layout.unit, layout.served_unit, layout.stamp == "start"
-    otherwise = None if assumed is None else round(assumed * SECOND)
-    first, last = counted.first, counted.last
-    for number, line in enumerate(source.lines(), 1):
-        if not number % STEP:
-            progress(source.position())
-            _check(counted, at_end=False)
-        raw = parse(line)
-        if raw is None:
-            if line.strip():
-                counted.lines += 1
-                _broken(
-                    counted, source, number, f"not a line of the format {layout.format.name}: {shown(line.strip())}"
-                )
-            continue
-        counted.lines += 1
-        stamp, method, target, ip, took, served, status, further = raw
-        try:
-            at = microseconds(stamp)
-            # What the site itself took, where the log knows it; it began when nginx had the request.
-            whole = None if took is None or took == "-" else duration(took, unit)
-            own = None if served is None else upstream(served, served_unit)
-        except (ValueError, TypeError, OverflowError) as error:
-            _broken(counted, source, number, f"a stamp or a duration that is none: {str(error)[:LONGEST_WHY]}")
-            continue
-        length = own if own is not None else whole
-        if length is None:
-            length = otherwise
-            counted.assumed += 1
-            if length is None:
-                _broken(counted, source, number, "no duration; say --assume-duration SECONDS for such lines")
+    def take(self, name: str, number: int, lines: Sequence[str]) -> None:
+        """The next lines of the log of that name; `number` of it have been before them."""
+        parse, ask, add, spreader = self._parse, self._ask, self._arrivals.add, self._spreader
+        durations, upstreams, from_start = self._durations, self._upstreams, self._layout.stamp == "start"
+        counted = self._counted
+        first, last, requests, limited = counted.first, counted.last, counted.requests, counted.limited
+        for line in lines:
+            number += 1
+            raw = parse(line)
+            if raw is None:
+                self._not_a_line(name, number, line)
                 continue
-        if ip is not None and not isinstance(ip, str):
-            _broken(
-                counted, source, number, f"an address that is no text: {shown(ip)}; --field ip=NAME says where it is"
-            )
-            continue
-        start = at if from_start else at - max(length, whole or 0)
-        if start < first:
-            first = start
-        if at > last:
-            last = at
-        if not isinstance(target, str) or not isinstance(method, str):
-            counted.no_request += 1
-            continue
-        counted.requests += 1
-        slots = ask(method, target, ip, further)
-        if not slots:
-            counted.no_view += slots is None
-            continue
-        counted.limited += 1
-        if status == "429" or status == 429:  # JSON has anything here, and not all of it can be hashed
-            counted.turned_away += 1
-        if spreader is None:
-            add((start, counted.limited, length, slots))
+            stamp, method, target, ip, took, served, status, *further = raw
+            try:
+                at = microseconds(stamp)
+                # What the site itself took, where the log knows it; it began when nginx had the request.
+                whole = None if took is None or took == "-" else durations[took]
+                own = None if served is None else upstreams[served]
+            except (ValueError, TypeError, OverflowError) as error:
+                _broken(counted, name, number, f"a stamp or a duration that is none: {str(error)[:LONGEST_WHY]}")
+                continue
+            length = own if own is not None else whole
+            if length is None:
+                length = self._assumed
+                counted.assumed += 1
+                if length is None:
+                    _broken(counted, name, number, "no duration; say --assume-duration SECONDS for such lines")
+                    continue
+            if ip is not None and not isinstance(ip, str):
+                why = f"an address that is no text: {shown(ip)}; --field ip=NAME says where it is"
+                _broken(counted, name, number, why)
+                continue
+            if from_start:
+                start = at
+            elif whole is None or whole < length:
+                start = at - length
+            else:
+                start = at - whole
+            if start < first:
+                first = start
+            if at > last:
+                last = at
+            if not isinstance(target, str) or not isinstance(method, str):
+                counted.no_request += 1
+                continue
+            requests += 1
+            slots = ask(method, target, ip, further)
+            if not slots:
+                counted.no_view += slots is None
+                continue
+            limited += 1
+            if status == "429" or status == 429:  # JSON has anything here, and not all of it can be hashed
+                counted.turned_away += 1
+            if spreader is None:
+                add((start, limited, length, slots))
+            else:
+                for record in spreader.add(at, (start, limited, length, slots)):
+                    add(record)
+        counted.lines += len(lines)
+        counted.first, counted.last, counted.requests, counted.limited = first, last, requests, limited
+
+    def _not_a_line(self, name: str, number: int, line: str) -> None:
+        if line.strip():
+            what = f"not a line of the format {self._layout.format.name}: {shown(line.strip())}"
+            _broken(self._counted, name, number, what)
         else:
-            for record in spreader.add(at, (start, counted.limited, length, slots)):
-                add(record)
-    counted.first, counted.last = first, last
+            self._counted.lines -= 1  # an empty one is none
 
 
-def _broken(counted: Counted, source: Source, number: int, message: str) -> None:
+def _broken(counted: Counted, name: str, number: int, message: str) -> None:
     counted.broken += 1
     if len(counted.places) < TOLD:
-        counted.places.append(f"{source.name}:{number}: {message}")
+        counted.places.append(f"{name}:{number}: {message}")
 
 
 def _check(counted: Counted, *, at_end: bool) -> None:

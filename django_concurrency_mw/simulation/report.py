@@ -41,14 +41,14 @@ def default_window(span: int) -> int:
     return next(fitting, ceil(span / (ABOUT * 86_400 * SECOND)) * 86_400) * SECOND
 
 
-def figure(values: Sequence[int], most: int | None = None) -> Figure:
-    """Of one replay, or of all ways of spreading, in their order. Never above `most`."""
+def figure(values: Sequence[int], most: int | None = None, least: int = 0) -> Figure:
+    """Of one replay, or of all ways of spreading, in their order. Never above `most`, nor below `least`."""
     if len(values) == 1:
         return {"median": values[0], "low": values[0], "high": values[0]}
     drawn, all_ways = values[:SEEDS], values[: BATCHES + 1]
     low, high = min(all_ways), max(all_ways)
     mean, spread = sum(drawn) / SEEDS, stdev(drawn) * _WIDTH
-    low, high = max(0, min(low, floor(mean - spread))), max(high, ceil(mean + spread))
+    low, high = max(least, min(low, floor(mean - spread))), max(high, ceil(mean + spread))
     return {"median": median_low(drawn), "low": low, "high": high if most is None else min(high, most)}
 
 
@@ -67,8 +67,8 @@ def policies(
             "limit": policy.max_concurrent,
             "shadow": not policy.block,
             "requests": requests,
-            "peak": figure([one.peak for one in figures]),
-            "peak_in_total": figure([one.total for one in figures]),
+            "peak": figure([one.peak for one in figures], least=min(requests, 1)),
+            "peak_in_total": figure([one.total for one in figures], least=min(requests, 1)),
             "peak_admitted": figure([one.admitted for one in figures]),
             "rejected": figure([one.over for one in figures], requests),
         }

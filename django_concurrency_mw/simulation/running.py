@@ -114,7 +114,7 @@ def _replay(arrivals: Sorter, replays: Sequence[Replay], spread: bool, total: in
     if spread:
         in_all_ways(arrivals, replays, step)
     else:
-        exactly(arrivals, replays[0], step)
+        exactly(arrivals.lists(), replays[0], step)
 
 
 def _log(sources: Sequence[Source], layout: Layout, counted: Counted, wanted: Wanted) -> dict[str, Any]:

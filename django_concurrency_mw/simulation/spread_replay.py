@@ -39,7 +39,7 @@ def _advance(
     for place, (replay, column) in enumerate(zip(replays, columns, strict=True)):
         arrivals = waiting[place]
         arrivals += [
-            (start + offset, number, start + offset + length, slots)
+            (start + offset, number, length, slots)
             for (start, number, length, slots, _), offset in zip(together, column, strict=True)
         ]
         arrivals.sort()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from typing import Any
 
 from ..exceptions import shown
 
 SECOND = 1_000_000
 #: What a request may take; beyond it, a start may be in no year of the calendar.
 LONGEST = 30 * 365 * 86_400 * SECOND
+#: Durations that are.
+REMEMBERED = 65_536
 UNITS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 
 _NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -59,7 +63,6 @@ _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _MICROSECOND = datetime.resolution
 
 
-@lru_cache(maxsize=65_536)
 def duration(value: str | int | float, unit: float) -> int:
     """A duration; `unit` is how many microseconds one is. Raises: ValueError."""
     took = round(float(value) * unit)
@@ -68,13 +71,25 @@ def duration(value: str | int | float, unit: float) -> int:
     return took
 
 
-@lru_cache(maxsize=65_536)
 def upstream(value: str | int | float, unit: float) -> int | None:
     """nginx's times of all servers that were tried, `0.1, 0.2` or with ` : ` between, summed; None where none was: `-`."""
     if isinstance(value, (int, float)):
         return duration(value, unit)
     found = _SECONDS.findall(value)
     return sum(duration(one, unit) for one in found) if found else None
+
+
+class Remembered(dict[Any, Any]):
+    """`duration` or `upstream` of what is looked up, by what it was: logs say the same ones again and again."""
+
+    def __init__(self, read: Callable[[Any, float], int | None], unit: float) -> None:
+        self._read, self._unit = read, unit
+
+    def __missing__(self, value: Any) -> int | None:
+        if len(self) >= REMEMBERED:
+            self.clear()
+        found = self[value] = self._read(value, self._unit)
+        return found
 
 
 def readable(moment: int) -> str:

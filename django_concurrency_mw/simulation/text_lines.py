@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ..exceptions import did_you_mean, shown
 from .formats import (
@@ -58,6 +59,23 @@ _OWN = {
 }
 _GROUPS = {"remote_addr": 0, "remote_user": 1, "http_referer": 6, "http_user_agent": 7}
 _FIRST_OF_TAIL = 8
+#: Behind what every parser gives.
+_FIRST_FURTHER = 7
+
+_USUAL_TEXT = r'[^"\\]*+'
+#: Neither a comma nor a colon, which may part the times of several servers.
+_USUAL_VALUE = r"[0-9A-Za-z._/-]++"
+#: The groups of the combined format as they mostly look, each with what stands before and behind it.
+_USUAL: Final = (
+    ("", r"[!-~]++", r" [!-~]++ "),
+    ("", r"[!-Z\\-~]++", r" \["),
+    ("", r"[^\]]++", r"\] "),
+    ('"', r"[!-~]++", " "),
+    ("", r"[!#-\[\]-~]*+", r' HTTP/[0-9.]++" '),
+    ("", r"[0-9]{3}", r" [!-~]++ "),
+    ('"', _USUAL_TEXT, '" '),
+    ('"', _USUAL_TEXT, '"'),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,8 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
             )
     upstream = wanted.fields.get("upstream", "upstream_response_time")
     row = row or _kind(duration, tokens, stamp, wanted, place)
+    if wanted.format == "nginx-msec" and "msec" not in names and not _EPOCH.fullmatch(stamp):
+        raise FormatError(f"{place}: --format nginx-msec, but the line has no $msec; add it, or say --format nginx")
     unit = 1.0
     if duration is not None:
         by_name = wanted.unit is not None or "duration" in wanted.fields
@@ -112,35 +132,54 @@ def layout(sample: Sequence[tuple[str, str]], wanted: Wanted) -> Layout:
     sources = {ours: names[theirs] for ours, theirs in (_OWN | dict(wanted.fields)).items() if theirs in names}
     took, served = names.get(duration or "", -1), names.get(upstream, -1)
     regex = re.compile(_COMBINED + "".join(map(_pattern, tokens)) + r"\s*$")
+    served_unit = unit_in_microseconds(upstream, None, place) if served >= 0 else unit
 
     def parser(further: Sequence[str]) -> Parser:
-        return _parser(regex, moments, sources["ip"], took, served, [sources[name] for name in further])
+        places = [moments, 3, 4, sources["ip"], took, served, 5, *(sources[name] for name in further)]
+        full = _parser(regex, places)
+        return full if further or beginning[7] is None else _quick_parser(tokens, places, full)
 
-    served_unit = unit_in_microseconds(upstream, None, place) if served >= 0 else unit
     return Layout(row, wanted.stamp or row.stamp, whole, unit, served_unit, frozenset(sources), parser)
 
 
-def _parser(regex: re.Pattern[str], moment: int, ip: int, took: int, served: int, further: Sequence[int]) -> Parser:
+def _parser(regex: re.Pattern[str], places: Sequence[int]) -> Parser:
+    """Any line: the groups at these places, None for a place below 0."""
     match = regex.match
+    first = places[:_FIRST_FURTHER]
+    further = places[_FIRST_FURTHER:]
 
     def parse(line: str) -> Raw | None:
         found = match(line)
         if found is None:
             return None
         groups = found.groups()
-        target = groups[4]
+        moment, method, target, *others = [groups[place] if place >= 0 else None for place in first]
         if target is not None and "\\" in target:
             target = _as_percent(target)
-        return (
-            groups[moment],
-            groups[3],
-            target,
-            groups[ip],
-            groups[took] if took >= 0 else None,
-            groups[served] if served >= 0 else None,
-            groups[5],
-            [_value(groups[number]) for number in further] if further else (),
-        )
+        return moment, method, target, *others, *[_value(groups[place]) for place in further]
+
+    return parse
+
+
+def _quick_parser(tokens: Sequence[_Token], places: Sequence[int], full: Parser) -> Parser:
+    """The usual lines: of their groups only those at these places are taken out. Lines that are none of these go to `full`.
+
+    Each part matches less than that of the full expression, and what it matches ends where the full one would end it too: so
+    what both match has the same groups.
+    """
+    parts = [*_USUAL, *map(_usual, tokens)]
+    pattern = "".join(
+        f"{before}({'' if place in places else '?:'}{part}){behind}"
+        for place, (before, part, behind) in enumerate(parts)
+    )
+    order = [place for place in range(len(parts)) if place in places]
+    # The last group is that of what the log does not have.
+    match = re.compile(rf"{pattern}\s*$((?!))?").match
+    groups = [order.index(place) + 1 if place >= 0 else len(order) + 1 for place in places]
+
+    def parse(line: str) -> Raw | None:
+        found = match(line)
+        return full(line) if found is None else found.group(*groups)
 
     return parse
 
@@ -204,6 +243,11 @@ def _kind(duration: str | None, tokens: Sequence[_Token], stamp: str, wanted: Wa
 def _pattern(token: _Token) -> str:
     before = rf"\s++{re.escape(token.written)}{'=' if token.written else ''}"
     return f'{before}"({_QUOTED})"' if token.quoted else f"{before}({_BARE_ONCE})"
+
+
+def _usual(token: _Token) -> tuple[str, str, str]:
+    before = f" {re.escape(token.written)}{'=' if token.written else ''}"
+    return (f'{before}"', _USUAL_TEXT, '"') if token.quoted else (before, _USUAL_VALUE, "")
 
 
 def _value(text: str | None) -> str | None:
