@@ -20,6 +20,8 @@ from django_concurrency_mw import health
 from .views import Deliberate, held, switch
 
 OURS = "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware"
+#: The alias of a store that an earlier test has left failing: it may come back in any later one.
+EARLIER = "of an earlier test"
 _numbers = count()
 
 Limits = Callable[..., Any]

@@ -27,7 +27,7 @@ from django_concurrency_mw.outcomes import Full, Slot, StoreFailed, TakeReply, V
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import Steps, Take
 
-from .support import Limits, exit_code, wait_until, works_again
+from .support import EARLIER, Limits, exit_code, wait_until, works_again
 from .test_steps import Drive
 from .test_steps import drive as drive
 
@@ -143,8 +143,9 @@ def told() -> Iterator[list[bool]]:
     """What `backend_failed` said, in order: False it fails, True it works again."""
     told: list[bool] = []
 
-    def receiver(recovered: bool, **arguments: Any) -> None:
-        told.append(recovered)
+    def receiver(alias: str, recovered: bool, **arguments: Any) -> None:
+        if alias != EARLIER:
+            told.append(recovered)
 
     signals.backend_failed.connect(receiver)
     yield told
@@ -171,10 +172,11 @@ class TestTheBreaker:
         """However long the receivers take: a gauge must not be left on "down"."""
         store, told = FailsOnce(), []
 
-        def receiver(recovered: bool, **arguments: Any) -> None:
+        def receiver(alias: str, recovered: bool, **arguments: Any) -> None:
             if not recovered:
                 wait_until(lambda: store.probed != [], 0.1)
-            told.append(recovered)
+            if alias != EARLIER:
+                told.append(recovered)
 
         signals.backend_failed.connect(receiver)
         try:
@@ -375,7 +377,8 @@ class TestWhatIsSaid:
         heard: list[dict[str, Any]] = []
 
         def receiver(**arguments: Any) -> None:
-            heard.append({name: value for name, value in arguments.items() if name != "signal"})
+            if arguments["alias"] != EARLIER:
+                heard.append({name: value for name, value in arguments.items() if name != "signal"})
 
         signals.backend_failed.connect(receiver)
         try:
