@@ -7,7 +7,6 @@ import contextlib
 import random
 import ssl
 import threading
-import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -37,8 +36,8 @@ class Proxy:
         self.record = False
         self._loop = asyncio.new_event_loop()
         self._clients: set[asyncio.StreamWriter] = set()
-        #: One that is closed with something still to send would stay open.
-        self._ever: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        #: All that there were: one that is closed with something still to send stays open, when its writer is long gone.
+        self._ever: set[asyncio.WriteTransport] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -59,11 +58,7 @@ class Proxy:
     def shut(self) -> None:
         """Nobody listens at the port any more, and all connections are cut."""
 
-        async def close() -> None:
-            self._server.close()
-            await asyncio.sleep(0.01)
-
-        asyncio.run_coroutine_threadsafe(close(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._close_server(), self._loop).result(5)
         self.cut()
 
     def open(self) -> None:
@@ -91,7 +86,7 @@ class Proxy:
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Not a coroutine: cancelled before its first step it would know nothing of the connection.
         self.connections += 1
-        self._ever.add(writer)
+        self._ever.add(writer.transport)
         self._keep(self._connect(reader, writer))
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -105,7 +100,7 @@ class Proxy:
             if not isinstance(error, OSError):
                 raise
             return
-        self._ever.add(upstream_writer)
+        self._ever.add(upstream_writer.transport)
         self._clients.add(writer)
         self._keep(self._pump(reader, upstream_writer, False))
         self._keep(self._pump(upstream_reader, writer, True))
@@ -157,22 +152,28 @@ class Proxy:
             writer.transport.abort()
         await asyncio.sleep(0)
 
-    async def _wind_up(self) -> None:
+    async def _close_server(self) -> None:
+        # asyncio forgets the socket of whoever it has accepted, but not yet made a transport for, when the server closes.
+        for listening in self._server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        await asyncio.sleep(0.02)
         self._server.close()
-        await asyncio.sleep(0.02)  # whoever is just being accepted has no transport yet
+
+    async def _wind_up(self) -> None:
+        await self._close_server()
         for _ in range(3):  # a task that is cancelled, or whoever was accepted meanwhile, may leave something to do
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            for writer in list(self._ever):
-                writer.transport.abort()
+            for transport in self._ever:
+                transport.abort()
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)  # for the transports to close
 
     async def _cut(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        for writer in list(self._ever):
-            writer.transport.abort()
+        for transport in self._ever:
+            transport.abort()
         await asyncio.sleep(0)
