@@ -88,7 +88,7 @@ def explain(request: HttpRequest, config: conf.Config) -> Explanation:
     decorators = decorated(view, config) if config.enabled else []
     outer = [one for one in decorators if one.method is None]
     look = _Look(request, match.kwargs, config)
-    if throttles_itself(view):
+    if where == THROTTLE:
         others += look.at_decorators(outer)
         outer = []
     look.at(by_table, where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,14 +90,14 @@ def uses(
     policies: Iterable[Policy], store_of: Callable[[Policy], BaseBackend]
 ) -> tuple[list[Use], dict[str, Exception]]:
     """What is held of each policy now, and why a store could not be asked, by its alias; each store is asked once."""
-    seen: dict[int, tuple[Sequence[Holder], Mapping[str, int]] | None] = {}
+    seen: dict[int, tuple[dict[str, dict[str, int]], Mapping[str, int]] | None] = {}
     failed: dict[str, Exception] = {}
     found = []
     for policy in policies:
         store = store_of(policy)
         if id(store) not in seen:
             try:
-                seen[id(store)] = (store.snapshot(), store.peaks())
+                seen[id(store)] = (_by_policy(store.snapshot()), store.peaks())
             except (BackendError, NotImplementedError) as error:
                 seen[id(store)] = None
                 failed[store.config.alias] = error
@@ -105,13 +105,18 @@ def uses(
         if known is None:
             found.append(Use(policy, _told(policy), None, {}, None, ()))
             continue
-        holders, peaks = known
-        by_key: dict[str, int] = {}
-        for holder in holders:
-            if holder.policy == policy.name:
-                by_key[holder.key] = by_key.get(holder.key, 0) + holder.cost
-        found.append(_use(policy, by_key, peaks.get(store.peak_name(policy.name))))
+        held, peaks = known
+        found.append(_use(policy, held.get(policy.name, {}), peaks.get(store.peak_name(policy.name))))
     return found, failed
+
+
+def _by_policy(holders: Iterable[Holder]) -> dict[str, dict[str, int]]:
+    """Policy -> key -> what is in flight, by cost."""
+    found: dict[str, dict[str, int]] = {}
+    for holder in holders:
+        by_key = found.setdefault(holder.policy, {})
+        by_key[holder.key] = by_key.get(holder.key, 0) + holder.cost
+    return found
 
 
 def _told(policy: Policy) -> int | str | None:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -25,6 +26,16 @@ EARLIER = "of an earlier test"
 _numbers = count()
 
 Limits = Callable[..., Any]
+
+
+def backend_entry(kind: str, request: pytest.FixtureRequest, prefix: str, folder: Path) -> dict[str, Any]:
+    """An entry of BACKENDS for a store of this kind that no other test has."""
+    options: dict[str, Any] = {}
+    if kind == "redis":
+        options = {"LOCATION": request.getfixturevalue("redis_server").url, "OPTIONS": {"socket_timeout": 2}}
+    elif kind == "host":
+        options = {"OPTIONS": {"path": str(folder / "table"), "slots": 256}}
+    return {"BACKEND": kind, "KEY_PREFIX": prefix, **options}
 
 
 def everything(limit: int = 5, **fields: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from django_concurrency_mw.testing import hold_slots
 from .conftest import Run
 from .redis_server import RedisServer
 from .servers import ROOT
-from .support import OURS, Limits, named, wait_until
+from .support import OURS, Limits, backend_entry, named, wait_until
 from .test_matching import Switchable, table
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -60,15 +60,7 @@ def document(*arguments: str) -> tuple[int, Any]:
 @pytest.fixture(params=["memory", "host", "redis"])
 def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
     """An entry of BACKENDS."""
-    return entry(request, prefix, tmp_path)
-
-
-def entry(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis_server")
-        return {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": server.url, "OPTIONS": {"socket_timeout": 2}}
-    options = {"OPTIONS": {"path": str(tmp_path / "table"), "slots": 256}} if request.param == "host" else {}
-    return {"BACKEND": request.param, "KEY_PREFIX": prefix, **options}
+    return backend_entry(request.param, request, prefix, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -409,7 +401,7 @@ class TestEvict:
     @pytest.fixture(params=["host", "redis"])
     def backend(self, request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
         """A command's own process holds nothing in the memory store: see test_memory."""
-        return entry(request, prefix, tmp_path)
+        return backend_entry(request.param, request, prefix, tmp_path)
 
     @pytest.fixture
     def token(self, limits: Limits, backend: dict[str, Any]) -> Any:

@@ -24,8 +24,7 @@ from django_concurrency_mw.routes import routes
 from django_concurrency_mw.signals import slot_acquired
 from django_concurrency_mw.testing import hold_slots
 
-from .redis_server import RedisServer
-from .support import OURS, Limits, named, nothing_held
+from .support import OURS, Limits, backend_entry, named, nothing_held
 from .test_matching import table
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -46,11 +45,7 @@ def user_by_header(get_response: Callable[[HttpRequest], HttpResponse]) -> Calla
 @pytest.fixture(params=["memory", "host", "redis"])
 def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
     """An entry of BACKENDS."""
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis_server")
-        return {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": server.url, "OPTIONS": {"socket_timeout": 2}}
-    options = {"OPTIONS": {"path": str(tmp_path / "table"), "slots": 256}} if request.param == "host" else {}
-    return {"BACKEND": request.param, "KEY_PREFIX": prefix, **options}
+    return backend_entry(request.param, request, prefix, tmp_path)
 
 
 def explained(path: str, method: str = "GET", user: str = "", ip: str = "203.0.113.9", **headers: str) -> Explanation:

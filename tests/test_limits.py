@@ -24,8 +24,7 @@ from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.rejection import respond
 from django_concurrency_mw.steps import Steps
 
-from .redis_server import RedisServer
-from .support import Limits, wait_until
+from .support import Limits, backend_entry, wait_until
 
 
 @pytest.fixture(params=["threads", "loop"])
@@ -41,14 +40,7 @@ def drive(request: pytest.FixtureRequest) -> Iterator[Callable[[Steps[Any]], Any
 @pytest.fixture(params=["memory", "host", "redis"])
 def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
     """An entry of BACKENDS."""
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis_server")
-        options: dict[str, Any] = {"LOCATION": server.url, "OPTIONS": {"socket_timeout": 2}}
-    elif request.param == "host":
-        options = {"OPTIONS": {"path": str(tmp_path / "table"), "slots": 256}}
-    else:
-        options = {}
-    return {"BACKEND": request.param, "KEY_PREFIX": prefix, **options}
+    return backend_entry(request.param, request, prefix, tmp_path)
 
 
 class Site:

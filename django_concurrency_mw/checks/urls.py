@@ -9,9 +9,9 @@ from typing import Any
 from django.core.checks import CheckMessage, Warning
 
 from ..coverage import covers_by_glob, second_names, unmatched_patterns
-from ..limiter import MARK
+from ..limiter import is_replaced
 from ..policies import Policy
-from ..routes import Route, routes
+from ..routes import routes
 from .common import configuration, listed
 
 #: A word of a view's name that says by itself that a machine asks whether the site lives.
@@ -50,7 +50,9 @@ def check_health(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     known = [route for route in routes() if _is_for_machines(route.name)]
     messages: list[CheckMessage] = []
     for policy in filter(_may_reject_a_probe, config.table):
-        reached = [route.name for route in known if covers_by_glob(policy, route.name) and not _is_left(policy, route)]
+        reached = [
+            route.name for route in known if covers_by_glob(policy, route.name) and not is_replaced(policy, route.view)
+        ]
         if reached:
             messages.append(
                 Warning(
@@ -71,7 +73,7 @@ def check_second_names(app_configs: Any = None, **kwargs: Any) -> list[CheckMess
         return []
     ways: dict[Policy, list[str]] = defaultdict(list)
     for found in second_names(config.table, routes()):
-        if not _is_left(found.policy, found.outside):
+        if not is_replaced(found.policy, found.outside.view):
             ways[found.policy].append(f"{found.outside.name} is the view of {found.covered.name}")
     return [
         Warning(
@@ -82,11 +84,6 @@ def check_second_names(app_configs: Any = None, **kwargs: Any) -> list[CheckMess
         )
         for policy, names in ways.items()
     ]
-
-
-def _is_left(policy: Policy, route: Route) -> bool:
-    """Does the policy leave this view to its decorator, which limits it or exempts it?"""
-    return policy.overridable and bool(getattr(route.view, MARK, False))
 
 
 def _is_for_machines(name: str) -> bool:

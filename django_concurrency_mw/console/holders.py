@@ -100,9 +100,10 @@ def _said(alias: str, error: str) -> str:
 def _find(options: Mapping[str, Any], config: conf.Config, policies: Mapping[str, Sequence[Policy]]) -> Found:
     found: list[Row] = []
     failed: dict[str, str] = {}
+    seconds = leases(policies)
     for store in stores(config):
         try:
-            found += [row for row in rows(store, leases(policies)) if _is_wanted(row, options, policies)]
+            found += [row for row in rows(store, seconds) if _is_wanted(row, options, policies)]
         except (BackendError, NotImplementedError) as error:
             failed[store.config.alias] = str(error) or repr(error)
     return Found(sorted(found, key=lambda row: -row.holder.age), failed)

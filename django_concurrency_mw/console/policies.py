@@ -36,7 +36,7 @@ def run(options: Mapping[str, Any], out: Output) -> int:
     config = configuration()
     known = routes()
     try:
-        first = [known[0] for known in policies_in_use(config).values()]
+        first = [sharing[0] for sharing in policies_in_use(config).values()]
         used, failed = uses(first, lambda policy: store_of(policy, config))
         if options["reset_peak"]:
             for store in stores(config):
