@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from .drivers import arun, run
+from .effects import Steps
 from .keeper import keeper
 from .lease import Lease
-from .steps import Steps
 
 T = TypeVar("T")
 

@@ -12,13 +12,14 @@ from django.core.exceptions import ImproperlyConfigured
 from . import health, peaks
 from .backends import BaseBackend
 from .conf import Config
+from .effects import Claim, Steps
 from .exceptions import ConcurrencyLimitExceeded, SlotLost
 from .handover import HandedOver
 from .lease import Lease
 from .limiter import store_of
 from .outcomes import Concurrency, PolicyResult, Rejection, Slot, State, StoreFailed
 from .policies import Policy
-from .steps import RETRY_AFTER, Claim, Steps, failed, lease_seconds
+from .steps import RETRY_AFTER, failed, lease_seconds
 from .tokens import new_token
 
 

@@ -46,6 +46,8 @@ class Config:
     trusted: TrustedProxies
     client_header: str
     headers: Headers
+    #: How many threads of this process may wait for a slot at once.
+    max_sync_waiters: int = 4
     #: The stores in use, by the name that policies call them; filled at first use.
     stores: dict[str, BaseBackend] = field(default_factory=dict)
     #: Seconds between two looks at the policy file; None: never.
@@ -196,6 +198,7 @@ def compile_settings(raw: object) -> Config:
         trusted=reader.read("TRUSTED_PROXIES", (), _trusted),
         client_header=reader.read("CLIENT_IP_HEADER", "X-Forwarded-For", _header),
         headers=reader.read("HEADERS", "rejected", _one_of("rejected", "always", "never")),
+        max_sync_waiters=reader.read("MAX_SYNC_WAITERS", 4, _threads),
         reload_interval=reader.read("RELOAD_INTERVAL", None, _interval),
         loaded=loaded,
         suffix=worker_suffix(),
@@ -245,11 +248,7 @@ class _Reader:
 
     def refuse_unknown(self, raw: Mapping[Any, Any], place: str, known: tuple[str, ...]) -> None:
         for name in raw:
-            if name == "MAX_SYNC_WAITERS":
-                self.problems.append(
-                    Problem(f"{place}[{name!r}]", f"{name} is not carried out by this version yet; remove it")
-                )
-            elif name not in known:
+            if name not in known:
                 self.problems.append(Problem(f"{place}[{name!r}]", _unknown(name, known)))
 
 
@@ -283,6 +282,12 @@ _BACKEND_KEYS = ("BACKEND", "LOCATION", "KEY_PREFIX", "OPTIONS")
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Wrong(f"expected True or False, got {_said(value)}")
+    return value
+
+
+def _threads(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _Wrong(f"expected an integer >= 0, got {_said(value)}")
     return value
 
 

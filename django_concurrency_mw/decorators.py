@@ -22,6 +22,7 @@ from django.http.response import HttpResponseBase
 
 from . import conf, reload
 from .drivers import arun, run
+from .effects import Steps
 from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
 from .fields import UNSET, override
 from .keeper import keeper
@@ -32,7 +33,6 @@ from .limiter import MARK, admit, conclude, join, leave
 from .naming import MARK_EACH, NOT_A_NAME, further_in, instance_of, marks, numbered, path_of
 from .outcomes import NOT_LIMITED
 from .policies import Policy, PolicyTable
-from .steps import Steps
 
 V = TypeVar("V", bound=Callable[..., Any])
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from inspect import isawaitable
 from time import monotonic
 from typing import Any, TypeVar
@@ -12,11 +15,24 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.functional import LazyObject, empty
 
+from .bells import Bell
+from .effects import Ask, Claim, Effect, Enter, Give, LoadUser, Notify, Queue, Steps, Take, Wait
 from .keeper import keeper
-from .outcomes import StoreFailed, TakeReply
-from .steps import Ask, Claim, Effect, Give, LoadUser, Notify, Steps, Take
+from .outcomes import QueueReply, Slot, StoreFailed, TakeReply
 
 T = TypeVar("T")
+#: The bells by which threads of this process wait now, and what serialises who comes in.
+_waiting: set[Bell] = set()
+_entering = threading.RLock()
+
+
+def _forked() -> None:
+    global _entering
+    _entering = threading.RLock()  # a thread that is not in the child may have held it
+    _waiting.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def run(steps: Steps[T]) -> T:
@@ -60,6 +76,32 @@ def _take(effect: Take) -> TakeReply | StoreFailed:
         return effect.store.take(effect.slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
     except Exception as error:
         return StoreFailed(error)
+
+
+def _queue(effect: Queue) -> QueueReply | StoreFailed:
+    failure = effect.store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
+    try:
+        return effect.store.queue(effect.slots, effect.most, effect.bell)  # type: ignore[no-any-return]  # as above
+    except Exception as error:
+        return StoreFailed(error)
+
+
+def _enter(effect: Enter) -> Bell | None:
+    """A thread that waits is one less for requests without a limit, so they are counted."""
+    bell: Bell = effect.store.bell()
+    with _entering:
+        if len(_waiting) < effect.threads:
+            _waiting.add(bell)
+            bell.at_close(partial(_waiting.discard, bell))
+            return bell
+    bell.close()
+    return None
+
+
+def _wait(effect: Wait) -> None:
+    effect.bell.wait(effect.seconds)
 
 
 def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
@@ -109,15 +151,42 @@ async def _atake(effect: Take) -> TakeReply | StoreFailed:
     try:
         if store.cancel_safe:
             return await store.atake(slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
-        task = _keep(store.atake(slots))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # Whoever is cancelled gives back at once, which may overtake this take: give back once more behind its reply.
-            task.add_done_callback(lambda done: done.cancelled() or _keep(_swallowed(store.agive(slots))))
-            raise
+        return await _whole(store, slots, store.atake(slots))
     except Exception as error:
         return StoreFailed(error)
+
+
+async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
+    failure = effect.store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
+    store = effect.store
+    try:
+        if store.cancel_safe:
+            return await store.aqueue(effect.slots, effect.most, effect.bell)  # type: ignore[no-any-return]  # as above
+        return await _whole(store, effect.slots, store.aqueue(effect.slots, effect.most, effect.bell))
+    except Exception as error:
+        return StoreFailed(error)
+
+
+async def _aenter(effect: Enter) -> Bell | None:
+    bell: Bell = effect.store.abell()
+    return bell
+
+
+async def _await(effect: Wait) -> None:
+    await effect.bell.await_(effect.seconds)
+
+
+async def _whole(store: Any, slots: Sequence[Slot], call: Coroutine[Any, Any, T]) -> T:
+    """A call that is not stopped half way. Whoever is cancelled gives back at once, which may overtake it: it is given back
+    once more behind its reply."""
+    task = _keep(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(lambda done: done.cancelled() or _keep(_swallowed(store.agive(slots))))
+        raise
 
 
 async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
@@ -204,6 +273,9 @@ async def _swallowed(awaitable: Awaitable[Any]) -> None:
 
 _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
     Take: _take,
+    Enter: _enter,
+    Queue: _queue,
+    Wait: _wait,
     Give: _give,
     Claim: _claim,
     LoadUser: _load_user,
@@ -212,6 +284,9 @@ _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
 }
 _ASYNC: dict[type[Effect[Any]], Callable[[Any], Coroutine[Any, Any, Any]]] = {
     Take: _atake,
+    Enter: _aenter,
+    Queue: _aqueue,
+    Wait: _await,
     Give: _agive,
     Claim: _aclaim,
     LoadUser: _aload_user,

@@ -15,12 +15,13 @@ from .backends import BaseBackend
 from .chain import positions
 from .decorated import Decorated, decorated
 from .drivers import run
+from .effects import Steps, Take
 from .keys import Resolver
 from .limiter import is_replaced, policies_of, store_of
 from .middleware import authenticates_itself, is_ours, throttles_itself
 from .outcomes import Asked, Full, KeyMissing, Rejection, Slot, State, StoreFailed, Taken, TakeReply, Verdict
 from .policies import Policy, left_out
-from .steps import Steps, Take, acquire
+from .steps import acquire
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -248,6 +249,9 @@ class _Nothing:
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
         """Nothing was."""
+
+    def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
+        """Nobody waits."""
 
     def doubt(self, asked: Sequence[Slot]) -> None:
         """There is no doubt."""

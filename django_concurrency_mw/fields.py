@@ -61,8 +61,7 @@ class Field:
     """One row. `check` gives the normalised value, or raises FieldError.
 
     `default` is what the file would have to say for the same effect; `doc` is one line of Markdown; `schema`
-    is JSON Schema; `decorator` says whether it may be a keyword of the decorator; `later` that it is known
-    and checked, but not carried out yet, so that its presence is refused.
+    is JSON Schema; `decorator` says whether it may be a keyword of the decorator.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Field:
     default: Any = None
     required: bool = False
     decorator: bool = True
-    later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +111,6 @@ def check_fields(raw: Mapping[Any, object], rows: Mapping[str, Field]) -> Checke
         except FieldError as error:
             findings += [Finding((name, *path), message) for path, message in error.found]
             continue
-        if row.later:
-            del values[name]
-            findings.append(Finding((name,), _not_yet(name), at_key=True))
     return Checked(values, tuple(findings), frozenset(name for name in raw if isinstance(name, str)) | meant)
 
 
@@ -455,10 +450,6 @@ def _not_on_a_view(value: object) -> Any:
     raise FieldError("a decorator stands on its view already; remove it, or write a policy of the table")
 
 
-def _not_yet(name: str) -> str:
-    return f"{name} is known but not carried out by this version yet; remove it"
-
-
 def _quoted(text: str) -> str:
     return '"' + " ".join(text.split())[:80] + '"'
 
@@ -603,9 +594,8 @@ _ROWS = (
         "Seconds to wait for a slot before rejecting.",
         {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST}, _DURATION_TEXT]},
         default=0.0,
-        later=True,
     ),
-    Field("max_waiting", _max_waiting, "How many may wait for one key.", _COUNT, default=100, later=True),
+    Field("max_waiting", _max_waiting, "How many may wait for one key.", _COUNT, default=100),
     Field(
         "block",
         _boolean,
@@ -662,7 +652,7 @@ NOT_IN_SHADOW: Mapping[str, Callable[[Any], bool]] = {
 
 def _checked(policy: Policy) -> Checked:
     """The fields of a policy as a decorator starts from them."""
-    values = {name: getattr(policy, name) for name, row in FIELDS.items() if row.decorator and not row.later}
+    values = {name: getattr(policy, name) for name, row in FIELDS.items() if row.decorator}
     if policy.max_age == max(DEFAULT_MAX_AGE, policy.ttl):
         del values["max_age"]  # follows the ttl, which may be another one now
     return Checked(values, given=frozenset(values))

@@ -9,6 +9,7 @@ from django.core.exceptions import ImproperlyConfigured
 from . import conf, reload
 from .blocks import Block
 from .claiming import claim
+from .effects import Steps
 from .exceptions import ConcurrencyLimitExceeded, did_you_mean, shown
 from .fields import UNSET, FieldError, check_cost, check_limit
 from .handover import HandedOver, unpack
@@ -17,7 +18,6 @@ from .lease import Lease
 from .limiter import admit_outside
 from .outcomes import HANDED_OVER, NOT_LIMITED, Asked, Concurrency
 from .policies import Policy
-from .steps import Steps
 
 
 def hold(policy: str, *, key: str | None = None, max_concurrent: int | None = UNSET, cost: int = UNSET) -> Hold:

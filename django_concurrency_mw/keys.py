@@ -30,10 +30,10 @@ from django.http.request import split_domain_port
 from django.utils.module_loading import import_string
 
 from .client import Address, TrustedProxies, bucket, client_address
+from .effects import Ask, Effect, LoadUser, Steps
 from .fields import FieldError, check_cost, check_limit
 from .keyspec import KeySpec, Part
 from .outcomes import Asked, Key, KeyMissing
-from .steps import Ask, Effect, LoadUser, Steps
 
 if TYPE_CHECKING:
     from django.http import HttpRequest

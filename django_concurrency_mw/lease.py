@@ -21,12 +21,12 @@ from django.core.exceptions import ImproperlyConfigured
 from . import health, notices, renewals, signals
 from .backends.base import BaseBackend
 from .drivers import arun, run
+from .effects import Give, Notify, Steps
 from .handover import pack
 from .held import RENEW_AFTER, Held, by_store
 from .keeper import keeper
 from .outcomes import LimitField, PolicyResult, Slot, StoreFailed
 from .policies import Policy
-from .steps import Give, Notify, Steps
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ class Lease:
                 self._strike(held)
         if not self._held:
             keeper.forget(self)
+
+    def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
+        """They waited: their leases begin at `since` (monotonic seconds) at the earliest, and so does their age."""
+        for held in self._of(slots):
+            held.since = since
+            held.extended(since, held.slot.ttl)
+            keeper.watch(self, held.due)
 
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed: its slots may be held, so they are given back until the store answers or their lease ends."""

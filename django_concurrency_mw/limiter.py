@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.http.response import HttpResponseBase
 
 from . import conf, health, peaks, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
+from .effects import Notify, Queue, Steps, Take
 from .keys import Resolver
 from .lease import Lease
 from .outcomes import (
@@ -30,7 +32,7 @@ from .outcomes import (
     Verdict,
 )
 from .policies import Policy
-from .steps import Notify, Steps, Take, above_limit, acquire
+from .steps import above_limit, acquire
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -134,7 +136,9 @@ def decide(
         return None
     known, fresh = _known(lease, asking)
     token = new_token()
-    verdict = yield from _watched(acquire(fresh, stores, lease, token, request.path, config.on_backend_error))
+    verdict = yield from _watched(
+        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, _threads(request, config))
+    )
     if verdict.rejected_by is not None:
         yield from lease.steps_to_give(token)
     if known:
@@ -150,11 +154,18 @@ def decide(
 def admit_outside(entry: Asked, lease: Lease, config: Config) -> Steps[Verdict]:
     """Take a slot outside a request. Whoever owns the lease gives back what a rejected or interrupted take may have left."""
     token, stores = new_token(), {entry.policy.backend: store_of(entry.policy, config)}
-    verdict = yield from _watched(acquire([entry], stores, lease, token, "", config.on_backend_error))
+    verdict = yield from _watched(
+        acquire([entry], stores, lease, token, "", config.on_backend_error, config.max_sync_waiters)
+    )
     if verdict.rejected_by is None:
         lease.announce(token)
     yield from _announce(None, [entry], verdict)
     return verdict
+
+
+def _threads(request: HttpRequest, config: Config) -> int | None:
+    """How many may wait; nobody where one thread serves all, as nobody could give a slot back meanwhile."""
+    return config.max_sync_waiters if request.META.get("wsgi.multithread", True) else None
 
 
 def conclude(request: HttpRequest, response: object, lease: Lease) -> None:
@@ -172,6 +183,11 @@ def store_of(policy: Policy, config: Config) -> BaseBackend:
     store = config.stores.get(policy.backend)
     if store is None:
         store = config.stores[policy.backend] = get_backend(policy.backend, config.backends)
+    if policy.wait and not store.supports_wait:
+        raise ImproperlyConfigured(
+            f"policy {policy.name}: wait: the backend {policy.backend!r} cannot let requests wait (supports_wait is False); "
+            "remove it, or use another backend"
+        )
     return store
 
 
@@ -186,7 +202,7 @@ def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
             except BaseException as error:
                 effect = steps.throw(error)
             else:
-                if type(effect) is Take:
+                if type(effect) is Take or type(effect) is Queue:
                     kind = type(reply)
                     if kind is Taken or kind is Full:
                         peaks.seen(effect.store, effect.slots, reply.in_flight)

@@ -51,6 +51,8 @@ class Slot:
     block: bool = True
     path: str = ""
     cost: int = 1
+    #: Whoever asks for it may wait: when it is given back, the store has to look whether somebody does.
+    waits: bool = False
     #: Seconds since the epoch by our own clock; for people, and for the age of what is handed over, never for who is let in.
     since: float = field(default_factory=time, compare=False)
     #: For the store that holds it: what it made of this slot and needs again.
@@ -84,6 +86,29 @@ class Full:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """None is held, as a blocking one is full, or others wait for it: the asker stands in the lines of those. `full` and
+    `in_flight` as above.
+
+    `ahead`: how many stand before it in the longest of these lines; a store that would have to count may say more. It is
+    worth asking again in `again` seconds, though no bell may ring by then.
+    """
+
+    full: tuple[bool, ...]
+    in_flight: tuple[int, ...]
+    ahead: int
+    again: float
+
+
+@dataclass(frozen=True, slots=True)
+class LineFull:
+    """None is held and the asker stands in no line, as too many wait for one of those that are full."""
+
+    full: tuple[bool, ...]
+    in_flight: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoreFailed:
     """The store could not say. Whether it took anything is unknown, so what was asked for is given back all the same."""
 
@@ -93,6 +118,7 @@ class StoreFailed:
 
 
 TakeReply = Taken | Full
+QueueReply = Taken | Full | Queued | LineFull
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,9 @@ class Policy:
     ttl: float = 60.0
     renew: bool = True
     max_age: float | None = 3600.0
+    #: Seconds.
+    wait: float = 0.0
+    max_waiting: int = 100
     block: bool = True
     backend: str = "default"
     on_backend_error: Literal["local", "allow", "deny"] | None = None

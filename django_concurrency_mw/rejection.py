@@ -24,9 +24,9 @@ from django.utils.cache import patch_vary_headers
 from django.utils.translation import get_language, get_language_bidi
 from django.utils.translation import gettext as _
 
+from .effects import Ask, Steps
 from .keys import callable_of, masked
 from .outcomes import LimitField, Rejection, Verdict
-from .steps import Ask, Steps
 
 if TYPE_CHECKING:
     from django.http import HttpRequest

@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 
 def policy_file() -> Schema:
     """The whole of it. Fields that are not carried out yet are not in it, and so are refused as unknown ones are."""
-    fields = {name: _field(row) for name, row in FIELDS.items() if not row.later}
+    fields = {name: _field(row) for name, row in FIELDS.items()}
     required = [name for name, row in FIELDS.items() if row.required]
     return {
         "$schema": DRAFT,
@@ -87,7 +87,7 @@ def _not_in_shadow() -> Mapping[str, list[Any]]:
     return {
         name: [value for value in FIELDS[name].schema["enum"] if refused(value)]
         for name, refused in NOT_IN_SHADOW.items()
-        if not FIELDS[name].later
+        if name != "wait"
     }
 
 

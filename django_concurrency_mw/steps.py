@@ -8,10 +8,11 @@ the generator is closed half way.)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .effects import Steps, Take
 from .outcomes import (
     UNLIMITED,
     Asked,
@@ -29,28 +30,15 @@ from .outcomes import (
     TakeReply,
     Verdict,
 )
+from .queueing import Waited, wait
 
 if TYPE_CHECKING:
-    from django.dispatch import Signal
-    from django.http import HttpRequest
-
     from .policies import Policy
 
-R = TypeVar("R")
-Steps = Generator["Effect[Any]", Any, R]
 OnError = Literal["local", "allow", "deny"]
 
 #: Seconds, at random, until the line itself can tell how long a slot takes.
 RETRY_AFTER = (1, 5)
-
-
-class Effect(Generic[R]):
-    """Something the outside has to do. `reply = yield from effect` gets its typed answer."""
-
-    __slots__ = ()
-
-    def __iter__(self) -> Generator[Effect[R], R, R]:
-        return (yield self)
 
 
 class Store(Protocol):
@@ -69,6 +57,9 @@ class Ledger(Protocol):
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
         """Of what one take asked for, these are held and the others are not."""
 
+    def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
+        """See `queueing.Waiting`."""
+
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed, so nobody knows whether they are held: they have to be given back all the same."""
 
@@ -83,53 +74,6 @@ class Ledger(Protocol):
 
     def hand_over(self) -> str:
         """See `Concurrency.hand_over`."""
-
-
-@dataclass(slots=True, eq=False)
-class LoadUser(Effect[None]):
-    """After this `request.user` can be read in either half."""
-
-    request: HttpRequest
-
-
-@dataclass(slots=True, eq=False)
-class Ask(Effect[R]):
-    """Call something of the project's, sync or async, off the event loop where it is sync. What it raises propagates."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-@dataclass(slots=True, eq=False)
-class Take(Effect["TakeReply | StoreFailed"]):
-    """Ask a store for slots, all its blocking ones or none."""
-
-    store: Any
-    slots: tuple[Slot, ...]
-
-
-@dataclass(slots=True, eq=False)
-class Give(Effect["tuple[bool, ...] | StoreFailed"]):
-    """Give slots back to their store. The answer: which of them were still held."""
-
-    store: Any
-    slots: tuple[Slot, ...]
-
-
-@dataclass(slots=True, eq=False)
-class Claim(Effect["bool | StoreFailed"]):
-    """Take over from the first slot of each pair, as the second one. All of them or none."""
-
-    store: Any
-    slots: tuple[tuple[Slot, Slot], ...]
-
-
-@dataclass(slots=True, eq=False)
-class Notify(Effect[None]):
-    """Send a signal; a receiver that fails changes nothing."""
-
-    signal: Signal
-    arguments: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -151,11 +95,12 @@ def acquire(
     token: str,
     path: str,
     on_error: OnError,
+    threads: int | None = None,
 ) -> Steps[Verdict]:
     """Take what the policies ask for, or find out why not. `stores` maps a policy's `backend` to its store.
 
-    `on_error` is the setting; a policy's own `on_backend_error` goes before it. On a rejection the caller gives back what
-    the lease got in this call.
+    `on_error` is the setting; a policy's own `on_backend_error` goes before it. `threads` is how many threads of this process
+    may wait at once; None: nobody may wait here. On a rejection the caller gives back what the lease got in this call.
     """
     account = _Account({}, {})
     wanted: list[Asked] = []
@@ -176,6 +121,9 @@ def acquire(
     if hopeless:
         return _rejected(asked, account, "cost_above_limit", hopeless, ())
     fields: list[LimitField] = []
+    waited = Waited(Taken((), ()))
+    # Whoever holds a slot of one store does not wait for one of another.
+    may_wait = len({id(stores[entry.policy.backend]) for entry in wanted}) == 1
     for store, group in _rounds(wanted, stores):
         slots = tuple(
             Slot(
@@ -187,34 +135,37 @@ def acquire(
                 entry.policy.block,
                 path,
                 entry.cost,
+                entry.policy.wait > 0,
             )
             for entry in group
         )
         policies = [entry.policy for entry in group]
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
+        waited = Waited(reply)
+        if isinstance(reply, Full) and may_wait and threads is not None:
+            waited = yield from wait(store, group, slots, reply, lease, threads)
+            reply = waited.reply
         if isinstance(reply, StoreFailed):
-            failed(lease, slots, reply)
+            failed(lease, slots, reply, in_doubt=waited.in_doubt)
             reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
             reason = _settle(store, reply, group, slots, lease, account)
-            fields += [
-                (entry.policy.name, entry.limit, max(0, entry.limit - count))
-                for entry, count in zip(group, reply.in_flight, strict=True)
-                if entry.policy.block and entry.limit is not None
-            ]
+            if reason == "full" and isinstance(reply, Full):
+                reason = waited.reason
+            fields += _remaining(group, reply)
         if reason is not None:
-            return _rejected(asked, account, reason, account.full, tuple(fields))
+            return _rejected(asked, account, reason, account.full, tuple(fields), waited)
     results = _results(asked, account)
     return Verdict(
-        Concurrency(any(result.state != "skipped" for result in results), results, _lease=lease),
+        Concurrency(any(result.state != "skipped" for result in results), results, waited=waited.seconds, _lease=lease),
         fields=tuple(fields),
     )
 
 
-def failed(lease: Ledger, slots: Sequence[Slot], reply: StoreFailed) -> None:
-    """What was asked for may be held, unless nothing was asked at all."""
-    if reply.sent:
+def failed(lease: Ledger, slots: Sequence[Slot], reply: StoreFailed, *, in_doubt: bool = False) -> None:
+    """What was asked for may be held, unless nothing was asked at all: neither now nor, `in_doubt`, before."""
+    if reply.sent or in_doubt:
         lease.doubt(slots)
     else:
         lease.confirm(slots, ())
@@ -310,6 +261,16 @@ def _fail_over(
     return None
 
 
+def _remaining(group: Sequence[Asked], reply: TakeReply) -> list[LimitField]:
+    """Of one that is full, though there be room, nothing remains: others wait for that."""
+    full = reply.full if isinstance(reply, Full) else (False,) * len(group)
+    return [
+        (entry.policy.name, entry.limit, 0 if is_full else max(0, entry.limit - count))
+        for entry, count, is_full in zip(group, reply.in_flight, full, strict=True)
+        if entry.policy.block and entry.limit is not None
+    ]
+
+
 def _results(asked: Sequence[Asked | KeyMissing], account: _Account) -> tuple[PolicyResult, ...]:
     return tuple(
         PolicyResult(entry.policy.name, entry.text, "skipped", None, None)
@@ -325,6 +286,7 @@ def _rejected(
     reason: Reason,
     violated: Mapping[str, int | None],
     fields: tuple[LimitField, ...],
+    waited: Waited | None = None,
 ) -> Verdict:
     # A round that was taken before the one that rejected is given back, so nothing is held.
     account.states = {name: state for name, state in account.states.items() if name in violated}
@@ -344,8 +306,9 @@ def _rejected(
         reason=reason,
         limit=limit,
         in_flight=violated[policy.name],
-        retry_after=None if hopeless else random.randint(*RETRY_AFTER),
+        retry_after=None if hopeless else (waited and waited.retry_after) or random.randint(*RETRY_AFTER),
         status=503 if reason == "backend_unavailable" else policy.status,
         violated=tuple(entry.policy.name for entry in against),
     )
-    return Verdict(Concurrency(True, _results(asked, account), rejection), policy, fields)
+    seconds = 0.0 if waited is None else waited.seconds
+    return Verdict(Concurrency(True, _results(asked, account), rejection, seconds), policy, fields)

@@ -17,6 +17,7 @@ from django.core.exceptions import ImproperlyConfigured
 from . import conf, decorators
 from .backends import BaseBackend, Holder
 from .blocks import Block
+from .effects import Steps, Take
 from .exceptions import BackendError, did_you_mean, shown
 from .held import Held, by_store
 from .keys import make_key, written
@@ -24,7 +25,7 @@ from .lease import Lease
 from .limiter import store_of
 from .outcomes import UNLIMITED, Key, Slot, StoreFailed, Taken
 from .policies import Policy
-from .steps import Steps, Take, failed
+from .steps import failed
 from .tokens import new_token
 
 __all__ = ["aassert_no_slots_held", "assert_no_slots_held", "hold_slots"]

@@ -16,13 +16,11 @@ END = "<!-- end of what is made -->"
 
 
 def fields() -> str:
-    """A heading, the default and the description of each field that is carried out."""
+    """A heading, the default and the description of each field."""
     from django_concurrency_mw.fields import FIELDS
 
     parts = []
     for name, row in FIELDS.items():
-        if row.later:
-            continue
         facts = ["required" if row.required else f"default: {_default(row.default)}"]
         if not row.decorator:
             facts.append("not for a decorator")

@@ -19,13 +19,13 @@ from django_concurrency_mw import conf, drivers, health, limiter, renewals, sign
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.backends.base import PROBE, Restore
 from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.effects import Steps, Take
 from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Full, Slot, StoreFailed, TakeReply, Verdict
 from django_concurrency_mw.policies import Policy
-from django_concurrency_mw.steps import Steps, Take
 
 from .support import EARLIER, Limits, exit_code, wait_until, works_again
 from .test_steps import Drive

@@ -15,6 +15,7 @@ from django.test import RequestFactory
 
 from django_concurrency_mw import concurrency_limit, conf, drivers, signals
 from django_concurrency_mw.backends import BaseBackend
+from django_concurrency_mw.effects import Steps
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keys import digest_text
 from django_concurrency_mw.lease import Lease
@@ -22,7 +23,6 @@ from django_concurrency_mw.limiter import decide, store_of
 from django_concurrency_mw.outcomes import Concurrency, Rejection, Verdict
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.rejection import respond
-from django_concurrency_mw.steps import Steps
 
 from .support import Limits, backend_entry, wait_until
 

@@ -25,6 +25,7 @@ from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.effects import Steps, Take
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.held import Held
 from django_concurrency_mw.keeper import Keeper, keeper
@@ -33,7 +34,7 @@ from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Asked, Slot, StoreFailed, Taken, TakeReply, Verdict
 from django_concurrency_mw.policies import Policy
-from django_concurrency_mw.steps import Steps, Take, acquire
+from django_concurrency_mw.steps import acquire
 from django_concurrency_mw.tokens import new_token
 
 from .proxy import Proxy

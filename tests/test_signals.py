@@ -16,9 +16,9 @@ from django.http import HttpRequest, HttpResponse
 
 from django_concurrency_mw import concurrency_limit, drivers, signals
 from django_concurrency_mw.backends import snapshot_all
+from django_concurrency_mw.effects import Notify
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.policies import Policy
-from django_concurrency_mw.steps import Notify
 
 from .support import OURS, Limits, await_until, nothing_held, run_async, stores_work, wait_until
 from .test_matching import Switchable, ask, remote, table

@@ -19,6 +19,7 @@ from django_concurrency_mw.backends import BackendConfig, BaseBackend, Holder
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.effects import Steps
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
@@ -26,7 +27,7 @@ from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Asked, KeyMissing, Slot, TakeReply, Verdict
 from django_concurrency_mw.policies import Policy
-from django_concurrency_mw.steps import OnError, Steps, acquire
+from django_concurrency_mw.steps import OnError, acquire
 from django_concurrency_mw.tokens import new_token
 
 from .redis_server import RedisServer

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Final, NamedTuple
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 
+from ..bells import Bell
 from ..exceptions import BackendError, PermanentBackendError
-from ..outcomes import Full, Key, Slot, TakeReply
+from ..outcomes import Full, Key, QueueReply, Slot, TakeReply
 from ..tokens import new_token
 
 #: Seconds after which a `restore` that was given up has no effect any more.
@@ -24,6 +25,10 @@ RESTORE_WITHIN: Final = 1.0
 DEFAULT_PREFIX: Final = "concurrency"
 #: The semaphore of a store's own, for probing; no policy can be called so.
 PROBE: Final = "!probe"
+#: Seconds after which one who stands in a line asks again, though no bell rang: at the latest, and at the earliest.
+ASK_AGAIN, ASK_AGAIN_AFTER = 1.0, 0.01
+#: Seconds after which one who has not asked again has no place in its lines any more.
+PLACE_FOR: Final = 5.0
 
 
 class Restore(NamedTuple):
@@ -83,6 +88,22 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiter:
+    """One who waits, as people see it, in one of the lines it stands in. `place` is 1 for the first; `age` in seconds since it
+    joined; the others as for a holder."""
+
+    policy: str
+    key: str
+    token: str
+    place: int
+    age: float
+    path: str = ""
+    pid: int | None = None
+    cost: int = 1
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BackendConfig:
     """One entry of CONCURRENCY_LIMIT['BACKENDS']: `location` a URL or a list of them, `options` as the store defines them."""
 
@@ -132,6 +153,34 @@ class BaseBackend(ABC):
     @abstractmethod
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         """Take every blocking slot or none at all; then each of the others where one is free."""
+
+    def bell(self) -> Bell:
+        """What wakes a thread that stands in line here."""
+        return Bell()
+
+    def abell(self) -> Bell:
+        """What wakes a coroutine of the running event loop."""
+        return Bell()
+
+    def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        """`take`, but in turn: where a blocking slot is full, or others wait for it, stand at the end of its line.
+
+        To ask once more, with the same slots, is to ask how that stands: it keeps its places, and loses them after PLACE_FOR
+        seconds without a question. It takes all as soon as all have room and it is the first wherever it stands. Where it is
+        first and another one is full, it leaves that line and stands in the other's: it never keeps free what it cannot take.
+        `most` is how many may stand in each one's line. With None it is not waited for: where such a one is full the answer is
+        Full, and the asker stands in no line any more; so that None for all asks for the last time. `give` leaves all lines.
+
+        The bell rings when it is worth asking, at once after what it waits for has become free; the store may have given it
+        its slots by then. A line's order is that in which its waiters joined; those whose process is dead are passed over.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot let anybody wait")
+
+    async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        """`queue` on an event loop. The default calls `queue` in a thread of asgiref's."""
+        from asgiref.sync import sync_to_async
+
+        return await sync_to_async(self.queue, thread_sensitive=False)(slots, most, bell)
 
     @abstractmethod
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
@@ -194,6 +243,10 @@ class BaseBackend(ABC):
     def snapshot(self) -> Sequence[Holder]:
         """Who holds what now."""
         raise NotImplementedError(f"{type(self).__name__} cannot list its holders")
+
+    def waiters(self) -> Sequence[Waiter]:
+        """Who waits for what now, each line in its order; one who stands in several lines is in each of them."""
+        return []
 
     def blind_spot(self) -> str:
         """What a process that only looks does not see of this store, for people; empty where it sees all."""

@@ -17,9 +17,11 @@ from typing import ClassVar
 
 from django.core.exceptions import ImproperlyConfigured
 
+from ..bells import Bell
 from ..exceptions import BackendError
-from ..outcomes import Full, Slot, Taken, TakeReply
-from .base import BackendConfig, BaseBackend, Holder, Restore, age_of
+from ..outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
+from .base import ASK_AGAIN, ASK_AGAIN_AFTER, BackendConfig, BaseBackend, Holder, Restore, Waiter, age_of
+from .lines import Lines
 
 #: Characters of key and path text that a holder keeps for people.
 TEXT_LIMIT = 200
@@ -115,6 +117,7 @@ class MemoryBackend(BaseBackend):
     """Counts in this process only: four worker processes let in four times the limit."""
 
     supports_semaphores: ClassVar[bool] = True
+    supports_wait: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
     cancel_safe: ClassVar[bool] = True
     one_process: ClassVar[bool] = True
@@ -136,6 +139,7 @@ class MemoryBackend(BaseBackend):
         self._late: deque[Slot] = deque()
         self._semaphores: dict[tuple[str, bytes], _Semaphore] = {}
         self._most = 0
+        self._lines = Lines()
         #: token -> the end of the lease that an operator cut short (monotonic seconds).
         self._evicted: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
@@ -159,6 +163,19 @@ class MemoryBackend(BaseBackend):
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return self.take(slots)
+
+    def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        now = monotonic()
+        with self._lock as alone:
+            if not alone:
+                raise BackendError("a wait inside another call, from a garbage collection", whole=False)
+            self._drop_late()
+            reply = self._queue(slots, most, bell, now)
+            self._drop_late()
+        return reply
+
+    async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        return self.queue(slots, most, bell)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         with self._lock as alone:
@@ -208,6 +225,26 @@ class MemoryBackend(BaseBackend):
                 self._evicted[token] = max(self._evicted.get(token, 0.0), self._semaphores[name][token].ends)
                 self._drop(name, token)
         return bool(held)
+
+    def waiters(self) -> Sequence[Waiter]:
+        now, pid, host = monotonic(), os.getpid(), socket.gethostname()
+        with self._lock:
+            return [
+                Waiter(
+                    slot.policy,
+                    slot.key.text[:TEXT_LIMIT],
+                    slot.token,
+                    place,
+                    now - waiting.since,
+                    slot.path[:TEXT_LIMIT],
+                    pid,
+                    slot.cost,
+                    host,
+                )
+                for name, place, waiting in self._lines.places(now)
+                for slot in waiting.slots
+                if slot.semaphore == name
+            ]
 
     def snapshot(self) -> Sequence[Holder]:
         now, pid, host = monotonic(), os.getpid(), socket.gethostname()
@@ -261,15 +298,88 @@ class MemoryBackend(BaseBackend):
 
     def _fits(self, slot: Slot, now: float) -> bool:
         semaphore = self._semaphores.get(slot.semaphore)
+        if semaphore is not None and slot.token in semaphore:
+            return True
+        if self._lines and not self._lines.is_turn_of(slot.token, slot.semaphore):
+            self._grant([slot.semaphore], now)  # those before it may have no use for what is free
+            if not self._lines.is_turn_of(slot.token, slot.semaphore):
+                return False
+        return self._has_room(slot, now)
+
+    def _has_room(self, slot: Slot, now: float) -> bool:
+        semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
             return slot.cost <= slot.limit
         room = slot.limit - slot.cost
-        if semaphore.total() <= room or slot.token in semaphore:
+        if semaphore.total() <= room:
             return True
         semaphore.drop_lapsed(now)
         if not semaphore:
             self._discard(slot.semaphore)
         return semaphore.total() <= room
+
+    def _queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell, now: float) -> QueueReply:
+        token, lines = slots[0].token, self._lines
+        held = [self._fits(slot, now) for slot in slots]
+        full = tuple([slot.block and not fits for slot, fits in zip(slots, held, strict=True)])
+        names = [slot.semaphore for slot, is_full in zip(slots, full, strict=True) if is_full]
+        reply: QueueReply
+        if not names:
+            left = lines.leave(token)
+            for slot, fits in zip(slots, held, strict=True):
+                if fits:
+                    self._hold(slot, now, now + slot.ttl)
+            self._grant(left, now)
+            return Taken(tuple(held), self._counted(slots))
+        rooms = [room for room, is_full in zip(most, full, strict=True) if is_full]
+        if None in rooms:
+            self._grant(lines.leave(token), now)
+            reply = Full(full, self._counted(slots))
+        elif any(
+            lines.length(name, but=token) >= room for name, room in zip(names, rooms, strict=True) if room is not None
+        ):
+            self._grant(lines.leave(token), now)
+            reply = LineFull(full, self._counted(slots))
+        else:
+            self._grant(lines.stand(slots, names, bell, now), now)
+            reply = Queued(full, self._counted(slots), lines.ahead(token), self._ask_again(token, names, now))
+        return reply
+
+    def _ask_again(self, token: str, names: Sequence[tuple[str, bytes]], now: float) -> float:
+        """Nobody tells when a lease ends: the first in the line has to look."""
+        ends = [
+            semaphore.earliest - now
+            for name in names
+            if self._lines.is_turn_of(token, name) and (semaphore := self._semaphores.get(name)) is not None
+        ]
+        return max(ASK_AGAIN_AFTER, min([ASK_AGAIN, *ends]))
+
+    def _grant(self, names: Iterable[tuple[str, bytes]], now: float) -> None:
+        """Something may have become free there: to those who are next."""
+        lines = self._lines
+        due = deque(names)
+        while due and lines:
+            name = due.popleft()
+            while (first := lines.first(name)) is not None:
+                if first.until <= now:  # it has not asked for long
+                    due.extend(lines.leave(first.token))
+                    continue
+                fits = [
+                    self._has_room(slot, now) and lines.is_turn_of(slot.token, slot.semaphore) for slot in first.slots
+                ]
+                if all(fit or not slot.block for slot, fit in zip(first.slots, fits, strict=True)):
+                    due.extend(lines.leave(first.token))
+                    for slot, fit in zip(first.slots, fits, strict=True):
+                        if fit:
+                            self._hold(slot, now, now + slot.ttl)
+                elif any(slot.semaphore == name and not fit for slot, fit in zip(first.slots, fits, strict=True)):
+                    break
+                else:  # it must not keep free what it cannot take: it stands in another line, or asks for its place there
+                    lines.leave_one(first.token, name)
+                first.bell.ring()
+
+    def _counted(self, slots: Sequence[Slot]) -> tuple[int, ...]:
+        return tuple([self._count(slot.semaphore) for slot in slots])
 
     def _count(self, name: tuple[str, bytes]) -> int:
         semaphore = self._semaphores.get(name)
@@ -290,6 +400,14 @@ class MemoryBackend(BaseBackend):
         semaphore.earliest = min(semaphore.earliest, ends)
 
     def _drop(self, name: tuple[str, bytes], token: str) -> bool:
+        if not self._lines:
+            return self._free(name, token)
+        left = self._lines.leave(token)
+        held = self._free(name, token)
+        self._grant([name, *left], monotonic())
+        return held
+
+    def _free(self, name: tuple[str, bytes], token: str) -> bool:
         semaphore = self._semaphores.get(name)
         if semaphore is None:
             return False

@@ -14,12 +14,12 @@ from typing import Any, Final
 from django.http import HttpRequest, QueryDict
 
 from ..client import TrustedProxies, parse_address
+from ..effects import Ask, Steps
 from ..keys import Resolver
 from ..keyspec import Part
 from ..limiter import MARK
 from ..outcomes import Asked, KeyMissing
 from ..policies import STANDARD_METHODS, Policy, PolicyTable
-from ..steps import Ask, Steps
 from .formats import canonical
 from .paths import resolving
 from .quick_keys import asked_for, quick_key
