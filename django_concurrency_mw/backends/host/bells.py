@@ -14,6 +14,7 @@ import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from ...bells import Bell
@@ -206,12 +207,12 @@ class _LoopPost:
             found = _of_loops[loop] = cls(loop)
         return found
 
-    def soon(self, call: object) -> None:
+    def soon(self, call: Callable[[], object]) -> None:
         """On its loop, from any thread."""
         loop = self._loop()
         with contextlib.suppress(RuntimeError):  # it has ended
             if loop is not None:
-                loop.call_soon_threadsafe(call)  # type: ignore[arg-type]  # what is called here takes nothing
+                loop.call_soon_threadsafe(call)
 
     def leave(self, bell: int) -> None:
         """Nobody waits by this one. From any thread, in a garbage collection, too."""
@@ -221,10 +222,8 @@ class _LoopPost:
         loop = self._loop()
         if loop is None or loop.is_closed():
             self.post.close()
-        elif asyncio._get_running_loop() is loop:
-            self._close()
         else:
-            self.soon(self._close)
+            self.soon(self._close)  # not here, where this may be a garbage collection
 
     def _close(self) -> None:
         loop = self._loop()

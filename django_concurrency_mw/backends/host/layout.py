@@ -75,9 +75,9 @@ class Cell:
     LIMIT, TTL = 6, 7
     #: For waiters: the next cell of the same line plus 1, and whom to wake (0: nobody can be).
     NEXT, WAKE = 8, 9
-    #: The cell before it in the line plus 1; the next cell of the same waiter plus 1; the number by which it joined the line, by
-    #: which lines are made anew (one of the takes' numbers; 0 where it stands in none); the number of its place, one more than
-    #: that of the one before it was; whether it waits for this slot (0), or takes it along where one is free (1). One is free.
+    #: The cell before it in the line plus 1; the next cell of the same waiter plus 1; the number by which it joined the line
+    #: and by which lines are made anew (one of the takes'; 0: it stands in none); the number of its place, one more than that
+    #: of the one before it was; whether it waits for this slot (0) or takes it along where one is free (1). One word is free.
     PREVIOUS, SIBLING, TURN, NUMBER, ALONG = 10, 11, 12, 13, 14
 
     WORDS = 56

@@ -16,9 +16,10 @@ from .bells import outbox
 from .layout import ASKED, FREE, HELD, QUEUED, WEIGHT_MASK, Cell, Entry, Header
 from .table import Name, Table
 
-#: Seconds after which one asks again that is the first in its line, and one whom nobody can wake.
+#: Seconds after which one asks again that is the first in its line (the second, twice that; and so on), and one whom nobody can
+#: wake.
 FIRST_ASKS, ASK_OFTEN = 0.1, 0.02
-#: From so many on that wait, on all lines together, the first ones ask less often.
+#: From so many on that wait, in all lines together, they ask less often.
 MANY: Final = 32
 
 
@@ -42,12 +43,11 @@ def ahead(table: Table, cell: int) -> int:
 
 def ask_again(table: Table, before: int, wake: int) -> float:
     """In how many seconds one is to ask again that has so many before it: nobody tells of a lease that ends, nor of a process
-    that is killed. One who looks does so for all lines, so where there are many, each looks the less."""
+    that is killed. One who looks does so for all lines, so where there are many each looks the less."""
     if not wake:
         return ASK_OFTEN
-    if before:
-        return ASK_AGAIN
-    return min(ASK_AGAIN, FIRST_ASKS * max(1.0, table.words[Header.WAITING] / MANY * random()))
+    crowd = table.words[Header.WAITING] / MANY * random()
+    return min(ASK_AGAIN, FIRST_ASKS * (before + 1) * max(1.0, crowd))
 
 
 def tie(table: Table, cells: Sequence[int], blocks: Sequence[bool]) -> None:
@@ -67,11 +67,10 @@ def stand(table: Table, cells: Sequence[int], in_line: Sequence[bool], wake: int
         words[at + Cell.WAKE], words[at + Cell.EXPIRES] = wake, until
     new = mapped[states_at + cells[-1]] == FREE
     words[Header.DIRTY] = 1
-    turn = words[Header.TICKET] = words[Header.TICKET] + 1
     for cell, stands in zip(cells, in_line, strict=True):
         state = mapped[states_at + cell]
         if stands and state != QUEUED:
-            words[table.word(cell) + Cell.TURN] = turn
+            words[table.word(cell) + Cell.TURN] = words[Header.TICKET] = words[Header.TICKET] + 1
             mapped[states_at + cell] = QUEUED
             table.enqueue(cell)
         elif not stands and state == QUEUED:
@@ -97,24 +96,26 @@ def serve(table: Table, now: int) -> None:
     due = table.due
     while due:
         name = due[0]
-        while (first := _first(table, name)) and _settled(table, name, first - 1, now):
+        while (first := _first(table, name)) and _settled(table, first - 1, now):
             pass
         due.popleft()
 
 
-def _settled(table: Table, name: Name, cell: int, now: int) -> bool:
-    """The first in this line has got what it asks for, or leaves it. False: it waits for what is not free yet."""
+def _settled(table: Table, cell: int, now: int) -> bool:
+    """The first in a line has got what it asks for, or leaves it. False: it waits for what is not free yet."""
     words, at = table.words, table.word(cell)
     cells = _waiter(table, cell)
-    if not cells or words[at + Cell.EXPIRES] <= now or table.dead((words[at + Cell.OWNER] >> 32,)):
+    if not cells or words[at + Cell.EXPIRES] <= now:
         table.drop(cells or [cell])
         return True
     fits = [_fits(table, one) for one in cells]
-    needs = [not fit and not words[table.word(one) + Cell.ALONG] for one, fit in zip(cells, fits, strict=True)]
-    if True not in needs:
-        _grant(table, cells, fits, now)
-    elif needs[0]:
+    if not fits[0]:  # dead or not: a look for the dead finds it as soon as anybody asks again
         return False
+    if table.dead((words[at + Cell.OWNER] >> 32,)):
+        table.drop(cells)
+        return True
+    if all(fits) or all(fit or words[table.word(one) + Cell.ALONG] for one, fit in zip(cells, fits, strict=True)):
+        _grant(table, cells, fits, now)
     else:  # it must not keep free what it cannot take: it stands in another line, or asks for its place there
         words[Header.DIRTY] = 1
         step_out(table, cell)
@@ -125,8 +126,8 @@ def _settled(table: Table, name: Name, cell: int, now: int) -> bool:
 
 def _waiter(table: Table, cell: int) -> list[int]:
     """All its cells, this one first; none where some of them are gone."""
-    words, ticket, found = table.words, table.words[table.word(cell) + Cell.TICKET], [cell]
-    one = words[table.word(cell) + Cell.SIBLING] - 1
+    words, at, found = table.words, table.word(cell), [cell]
+    one, ticket = words[at + Cell.SIBLING] - 1, words[at + Cell.TICKET]
     while one != cell:
         if one < 0 or len(found) > table.layout.cells or not table.waits((one, ticket)):
             return []
@@ -136,10 +137,11 @@ def _waiter(table: Table, cell: int) -> list[int]:
 
 
 def _fits(table: Table, cell: int) -> bool:
+    """Is there room for it, and nobody before it?"""
     words, at = table.words, table.word(cell)
-    name = (words[at], words[at + Cell.LO])
-    weight = words[at + Cell.OWNER] & WEIGHT_MASK
-    return table.total(*name) + weight <= words[at + Cell.LIMIT] and is_turn(table, name, cell)
+    entry = table.entry(words[at], words[at + Cell.LO])
+    room = words[at + Cell.LIMIT] - (words[at + Cell.OWNER] & WEIGHT_MASK)
+    return words[entry + Entry.TOTAL] <= room and words[entry + Entry.HEAD] in (0, cell + 1)
 
 
 def _grant(table: Table, cells: Sequence[int], fits: Sequence[bool], now: int) -> None:
@@ -147,21 +149,20 @@ def _grant(table: Table, cells: Sequence[int], fits: Sequence[bool], now: int) -
     and others that wait knows that this was cut short."""
     words, mapped, states_at = table.words, table.map, table.states_at
     words[Header.DIRTY] = 1
+    held = [cell for cell, fit in zip(cells, fits, strict=True) if fit]
     stood = [cell for cell in cells if mapped[states_at + cell] == QUEUED]
-    for cell, fit in zip(cells, fits, strict=True):
-        if fit:
-            at = table.word(cell)
-            words[at + Cell.SINCE], words[at + Cell.EXPIRES] = now, now + words[at + Cell.TTL]
-            mapped[states_at + cell] = HELD
-    for cell, fit in zip(cells, fits, strict=True):
-        if fit:
-            table.count(cell, 1)
+    for cell in held:
+        at = table.word(cell)
+        words[at + Cell.SINCE], words[at + Cell.EXPIRES] = now, now + words[at + Cell.TTL]
+        mapped[states_at + cell] = HELD
+    for cell in held:
+        table.count(cell, 1)
     for cell in stood:
         table.unlink(cell)
-        table.due.append((words[table.word(cell)], words[table.word(cell) + Cell.LO]))
-    rest = [cell for cell, fit in zip(cells, fits, strict=True) if not fit]
-    if rest:  # it stays dirty up to the end of that
-        table.drop(rest)
+        if cell != cells[0]:  # that one's line is looked at now
+            table.due.append((words[table.word(cell)], words[table.word(cell) + Cell.LO]))
+    if len(held) < len(cells):  # it stays dirty up to the end of that
+        table.drop([cell for cell, fit in zip(cells, fits, strict=True) if not fit])
     else:
         words[Header.DIRTY] = 0
 

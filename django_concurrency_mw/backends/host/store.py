@@ -302,7 +302,7 @@ class HostBackend(BaseBackend):
             self._leave(table, slots)  # it has lost some of its places, or is half in and half out
             places = _write(table, wanted, now)
             lines.tie(table, [cell for cell, _ in places.values()], list(blocks.values()))
-            self._know(table, places)
+            self._known.update(places)
         cells = [cell for cell, _ in places.values()]
         stands = list(in_line.values())
         lines.stand(table, cells, stands, bells.number_of(bell), now + STANDS_FOR)
@@ -353,14 +353,11 @@ class HostBackend(BaseBackend):
         if over:
             table.drop(over)
         places = _write(table, new, now)
-        self._know(table, places)
-        return table.commit(places.values())
-
-    def _know(self, table: Table, places: Mapping[Known, Place]) -> None:
-        """Before they are in use: whatever comes in between, giving back finds them."""
         if len(self._known) > 2 * table.layout.cells:
             self._forget_gone(table)
+        # Known before they count: whatever comes in between, giving back finds them.
         self._known.update(places)
+        return table.commit(places.values())
 
     def _forget_gone(self, table: Table) -> None:
         self._known = {one: place for one, place in self._known.items() if table.state(place) != FREE}
