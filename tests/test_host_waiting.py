@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from django_concurrency_mw.backends import BackendConfig
-from django_concurrency_mw.backends.host import bells, lines
+from django_concurrency_mw.backends.host import bells, lines, ours
 from django_concurrency_mw.backends.host.layout import ASKED, HELD, QUEUED, Header
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.host.table import Table
@@ -32,6 +32,12 @@ from django_concurrency_mw.outcomes import Queued, Taken
 from .host_file import consistent
 from .support import wait_until
 from .test_waiting import Client, places
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for seconds takes nobody's place."""
+    monkeypatch.setattr(ours, "STANDS_FOR", 3600 * 10**9)
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def states(client: Client) -> list[int]:
     """Of its cells, without asking for anything."""
     store: Any = client.store
     return [
-        opened(store).state(store._known.get((slot.token, slot.policy, slot.key.digest), (0, 0)))
+        opened(store).state(store._ours.places.get((slot.token, slot.policy, slot.key.digest), (0, 0)))
         for slot in client.slots
     ]
 
@@ -192,9 +198,9 @@ class TestProcesses:
     ) -> None:
         holder, first, second = (Client(store, "a") for _ in range(3))
         holder.ask()
-        monkeypatch.setattr("django_concurrency_mw.backends.host.store.STANDS_FOR", 1)
-        first.ask()
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "STANDS_FOR", 1)
+            first.ask()
         second.ask()
         holder.give()
         assert (states(first), states(second)) == ([0], [HELD])
@@ -214,7 +220,7 @@ class TestProcesses:
             try:
                 os.fstat(fd)
             except OSError:
-                ok = bells.number_of(waiter.bell) == 0 and not store._known
+                ok = bells.number_of(waiter.bell) == 0 and not store._ours.places
                 waiter.bell.wait(0.001)
                 waiter.bell.close()
             os._exit(0 if ok else 1)
@@ -269,8 +275,8 @@ class TestTheTable:
         last = Client(store, "a")
         last.ask()
         waiters.append(last)
-        assert opened(store).word(store._known[_known(last)][0]) < opened(store).word(
-            store._known[_known(waiters[0])][0]
+        assert opened(store).word(store._ours.places[_known(last)][0]) < opened(store).word(
+            store._ours.places[_known(waiters[0])][0]
         )
         opened(store).words[Header.DIRTY] = 1
         assert [one.ask().ahead for one in waiters] == list(range(len(waiters)))  # type: ignore[union-attr]
@@ -285,7 +291,7 @@ class TestTheTable:
         holder, half, behind = Client(store, "a"), Client(store, "b", "a"), Client(store, "a")
         for one in (holder, half, behind):
             one.ask()
-        cell = store._known[half.slots[0].token, "b", half.slots[0].key.digest][0]
+        cell = store._ours.places[half.slots[0].token, "b", half.slots[0].key.digest][0]
         opened(store).drop([cell])
         holder.give()
         assert states(behind) == [HELD]
@@ -463,36 +469,30 @@ class TestBells:
         bell.close()
 
     def test_without_a_descriptor_it_asks_often(self, store: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-        store.take([])
-
         def none_left(*arguments: object) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
 
-        holder = Client(store, "a")
-        holder.ask()
-        monkeypatch.setattr(bells, "_sender", None)
-        monkeypatch.setattr(socket, "socket", none_left)
-        waiter = Client(store, "a")
-
-        async def on_a_loop() -> int:
+        async def made_on_a_loop() -> int:
             bell = store.abell()
             bell.close()
             return bells.number_of(bell)
 
-        loop = asyncio.new_event_loop
-        monkeypatch.undo()
-        runner = loop()
-        monkeypatch.setattr(socket, "socket", none_left)
-        assert runner.run_until_complete(on_a_loop()) == 0
-        reply = waiter.ask()
-        assert isinstance(reply, Queued)
-        assert reply.again <= 0.02
-        holder.give()
-        waiter.bell.wait(reply.again)
-        assert isinstance(waiter.ask(), Taken)
-        waiter.give()
-        monkeypatch.undo()
-        runner.close()
+        holder = Client(store, "a")
+        holder.ask()
+        loop = asyncio.new_event_loop()
+        with monkeypatch.context() as patch:
+            patch.setattr(bells, "_sender", None)
+            patch.setattr(socket, "socket", none_left)
+            waiter = Client(store, "a")
+            assert loop.run_until_complete(made_on_a_loop()) == 0
+            reply = waiter.ask()
+            assert isinstance(reply, Queued)
+            assert reply.again <= 0.02
+            holder.give()
+            waiter.bell.wait(reply.again)
+            assert isinstance(waiter.ask(), Taken)
+            waiter.give()
+        loop.close()
 
     def test_a_bell_that_nobody_closes_goes_with_whoever_had_it(self, store: HostBackend) -> None:
         gc.collect()

@@ -261,7 +261,7 @@ def test_exceptions_of_signal_handlers_leave_nothing_behind(store: HostBackend, 
     print(f"struck {struck} times, {inside} of them inside the store")
     assert inside > INTERRUPTIONS / 10
     assert sorted(holder.token for holder in other.snapshot()) == sorted(one.token for one in own)
-    assert set(store._known) == {(one.token, one.policy, one.key.digest) for one in own}
+    assert set(store._ours.places) == {(one.token, one.policy, one.key.digest) for one in own}
     thread = threading.Thread(target=store.give, args=(own,), daemon=True)
     thread.start()
     thread.join(5)

@@ -16,6 +16,7 @@ from types import FrameType
 import pytest
 
 from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.host import ours
 from django_concurrency_mw.backends.host.layout import ASKED, FREE, HELD, QUEUED, Header
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.host.table import Table
@@ -33,6 +34,12 @@ INTERRUPTIONS = 20_000 if LONG else 600
 
 def made(path: Path) -> HostBackend:
     return HostBackend(BackendConfig("default", "host", options={"path": path, "slots": 64}))
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for seconds takes nobody's place."""
+    monkeypatch.setattr(ours, "STANDS_FOR", 3600 * 10**9)
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def table_of(store: HostBackend) -> Table:
 def states(client: Client) -> list[int]:
     store = client.store
     assert isinstance(store, HostBackend)
-    return [table_of(store).state(store._known[slot.token, *slot.semaphore]) for slot in client.slots]
+    return [table_of(store).state(store._ours.places[slot.token, *slot.semaphore]) for slot in client.slots]
 
 
 def waits_for_all(store: HostBackend) -> Client:
@@ -117,7 +124,7 @@ def points(killed: Callable[[int], int]) -> range:
 
 
 def empty(store: HostBackend) -> bool:
-    return consistent(table_of(store)) == [] and held_by_state(table_of(store)) == {} and not store._known
+    return consistent(table_of(store)) == [] and held_by_state(table_of(store)) == {} and not store._ours.places
 
 
 @pytest.mark.parametrize("name", list(GIVERS))
