@@ -89,10 +89,11 @@ class Ours:
         freed it died before they had it."""
         changed = table.sweep(now)
         if table.words[_IN_LINES]:
-            table.due.extend(
-                [semaphore(*slot.semaphore) for slot, fit in zip(slots, answer[1], strict=True) if not fit]
-            )
-            changed = True
+            for slot, fit in zip(slots, answer[1], strict=True):
+                name = semaphore(*slot.semaphore)
+                if not fit and lines.waiting(table, name):
+                    table.due[name] = None
+                    changed = True
             lines.serve(table, now)
         return self._ask(table, slots, now) if changed else answer
 

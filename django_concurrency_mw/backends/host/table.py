@@ -9,7 +9,6 @@ freed by its lease's end only, never because a process is dead.
 from __future__ import annotations
 
 import mmap
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from time import monotonic_ns
 from typing import Final, TypeVar
@@ -77,9 +76,9 @@ class Table(Index):
     def __init__(self, fd: int, mapped: mmap.mmap, layout: Layout, number: int, identity: tuple[int, int]) -> None:
         super().__init__(mapped, layout)
         self.fd, self.number, self.identity = fd, number, identity
-        #: Of these semaphores something may have become free for those who wait. It stands over the call, should that be cut
-        #: short; and that we are killed is found out by those who wait.
-        self.due: deque[Name] = deque()
+        #: Of these semaphores something may have become free for those who wait; in the order of a dict. It stands over the
+        #: call, should that be cut short; and that we are killed is found out by those who wait.
+        self.due: dict[Name, None] = {}
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -253,7 +252,7 @@ class Table(Index):
     def _is_due(self, cell: int) -> None:
         """Something of its semaphore is about to become free."""
         at = self._cells + cell * _CELL
-        self.due.append((self.words[at], self.words[at + _LO]))
+        self.due[self.words[at], self.words[at + _LO]] = None
 
     def evict(self, token: str) -> int:
         """Take away what this token holds. The cells stay until their leases would have ended, so that all know of it."""
