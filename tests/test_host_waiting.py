@@ -301,6 +301,21 @@ class TestTheTable:
         half.give()
         behind.give()
 
+    def test_who_cannot_use_what_is_free_leaves_it_to_the_next_at_once(self, store: HostBackend) -> None:
+        of_a, of_b, both, behind = Client(store, "a"), Client(store, "b"), Client(store, "a", "b"), Client(store, "b")
+        for one in (of_b, both, behind, of_a):
+            one.ask()
+        of_b.give()
+        assert (states(both), states(behind)) == ([ASKED, ASKED], [HELD])
+        reply = both.ask()
+        assert isinstance(reply, Queued)
+        assert (reply.full, states(both)) == ((True, True), [QUEUED, QUEUED])
+        of_a.give()
+        assert states(both) == [ASKED, QUEUED], "it is the first there, and the other one is full"
+        behind.give()
+        assert states(both) == [HELD, HELD]
+        both.give()
+
     def test_a_replaced_file_has_new_lines(self, store: HostBackend, path: Path) -> None:
         holder, waiter = Client(store, "a"), Client(store, "a")
         holder.ask()
