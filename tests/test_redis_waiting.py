@@ -439,7 +439,7 @@ class TestTheEar:
     ) -> None:
         rules = wire_permissions(prefix)
         with redis_server.client() as server:
-            server.execute_command("ACL", "SETUSER", prefix, "reset", "on", ">pass", *rules)
+            server.execute_command("ACL", "SETUSER", prefix, "reset", "resetchannels", "on", ">pass", *rules)
             with suppress(ResponseError):  # what redis-py asks for by itself, and does without; not every server has it
                 server.execute_command("ACL", "SETUSER", prefix, "+client|setinfo")
             store = make_store(f"redis://{prefix}:pass@127.0.0.1:{redis_server.port}/0")
