@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import conf
 from .backends import BaseBackend
+from .bells import Bell
 from .chain import positions
 from .decorated import Decorated, decorated
 from .drivers import run
@@ -241,6 +242,8 @@ _REASONS: Mapping[str, Callable[[Policy], str]] = {
 class _Nothing:
     """A lease that holds nothing."""
 
+    given_up = False
+
     def __init__(self, look: _Look) -> None:
         self._look = look
 
@@ -249,6 +252,9 @@ class _Nothing:
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
         """Nothing was."""
+
+    def wake_by(self, bell: Bell) -> None:
+        """Nobody waits."""
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """Nobody waits."""

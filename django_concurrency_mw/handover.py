@@ -69,6 +69,7 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "token": slot.token,
         "path": slot.path[:PATH_LIMIT],
         "since": slot.since,
+        "waited": slot.waited,
     }
 
 
@@ -95,6 +96,7 @@ def _from_data(data: dict[str, Any]) -> tuple[Policy, Slot]:
         data["path"],
         data["cost"],
         since=data["since"],
+        waited=data.get("waited", 0.0),
     )
     return policy, slot
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .bells import Bell
 from .effects import Steps, Take
 from .outcomes import (
     UNLIMITED,
@@ -56,6 +57,13 @@ class Ledger(Protocol):
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
         """Of what one take asked for, these are held and the others are not."""
+
+    @property
+    def given_up(self) -> bool:
+        """See `queueing.Waiting`."""
+
+    def wake_by(self, bell: Bell) -> None:
+        """See `queueing.Waiting`."""
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """See `queueing.Waiting`."""
