@@ -250,8 +250,13 @@ class _Nothing:
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
         """Nothing is taken."""
 
-    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
         """Nothing was."""
+        return True
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Nobody waits."""
+        return True
 
     def wake_by(self, bell: Bell) -> None:
         """Nobody waits."""

@@ -99,15 +99,22 @@ class Lease:
         self._held += held
         keeper.watch(self, min(one.due for one in held))
 
-    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
-        """Of what one take asked for, these are held and the others are not."""
-        for held in self._of(asked):
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
+        """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
+        take may have overtaken."""
+        known = self._of(asked)
+        for held in known:
             if any(slot is held.slot for slot in got):
                 held.confirmed = True
             else:
                 self._strike(held)
         if not self._held:
             keeper.forget(self)
+        return bool(known)
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Has nobody given them back yet?"""
+        return bool(self._of(slots))
 
     def wake_by(self, bell: Bell) -> None:
         """This is to ring when it is given up, until it is closed."""

@@ -25,6 +25,9 @@ class Waiting(Protocol):
     def given_up(self) -> bool:
         """Nobody is there any more for whom it is worth waiting."""
 
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Has nobody given them back yet?"""
+
     def wake_by(self, bell: Bell) -> None:
         """This is to ring when it is given up, until it is closed."""
 
@@ -67,7 +70,7 @@ def wait(
         lease.wake_by(bell)
         while True:
             before, asked = asked, monotonic()
-            in_time = asked < until and not lease.given_up
+            in_time = asked < until and not lease.given_up and lease.expects(slots)
             reply: QueueReply | StoreFailed = yield from Queue(store, slots, most if in_time else nobody, bell)
             waited = monotonic() - began
             if isinstance(reply, Queued):
