@@ -70,6 +70,7 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "path": slot.path[:PATH_LIMIT],
         "since": slot.since,
         "waited": slot.waited,
+        "waits": slot.waits,
     }
 
 
@@ -97,6 +98,7 @@ def _from_data(data: dict[str, Any]) -> tuple[Policy, Slot]:
         data["cost"],
         since=data["since"],
         waited=data.get("waited", 0.0),
+        waits=data.get("waits", False),
     )
     return policy, slot
 
