@@ -52,12 +52,12 @@ async def aplain(request: HttpRequest) -> JsonResponse:
     return JsonResponse(told(request))
 
 
-@concurrency_limit(policy="p", wait=LONGER, max_waiting=1000)
+@concurrency_limit(policy="p", wait=LONGER, max_waiting=10_000)
 def decorated(request: HttpRequest) -> JsonResponse:
     return plain(request)
 
 
-@concurrency_limit(policy="p", wait=LONGER, max_waiting=1000)
+@concurrency_limit(policy="p", wait=LONGER, max_waiting=10_000)
 async def adecorated(request: HttpRequest) -> JsonResponse:
     return plain(request)
 
