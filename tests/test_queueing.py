@@ -180,6 +180,14 @@ def line(request: pytest.FixtureRequest, drive: Drive) -> Iterator[Line]:
     line.end()
 
 
+@pytest.fixture(params=WAITING)
+def threads_line(request: pytest.FixtureRequest) -> Iterator[Line]:
+    """Where it takes time, and one driver is as good as the other."""
+    line = Line(drivers.run, BACKENDS[request.param](request))
+    yield line
+    line.end()
+
+
 @pytest.fixture
 def memory_line(request: pytest.FixtureRequest, drive: Drive) -> Iterator[Line]:
     """Where it is the steps' or the drivers' own doing."""
@@ -197,7 +205,7 @@ def reason(verdict: Verdict) -> str | None:
 
 def test_a_waiter_is_admitted_after_a_release_and_knows_how_long_it_waited(line: Line) -> None:
     line.store.again = LONGER
-    holder = line.holds(asked("a"))
+    holder = line.holds(asked("a", wait=LONGER))
     began = monotonic()
     waiting = line.waits(asked("a", wait=LONGER))
     sleep(0.05)
@@ -426,7 +434,7 @@ def test_a_thread_that_runs_an_event_loop_does_not_wait(memory_line: Line) -> No
 
 def test_who_waits_for_one_holds_nothing_of_the_others(line: Line) -> None:
     holder = line.holds(asked("b"))
-    waiting = line.waits(asked("a"), asked("b", wait=LONGER), asked("shadow", block=False))
+    waiting = line.waits(asked("a", wait=LONGER), asked("b", wait=LONGER), asked("shadow", block=False))
     assert line.held() == ["b"]
     other = line.holds(asked("a"))
     line.drive(other.steps_to_give())
@@ -461,8 +469,9 @@ def test_what_an_earlier_step_of_the_request_holds_stays(line: Line) -> None:
 # -- the lease begins with the grant ---------------------------------------------------------------------------------------
 
 
-def test_the_lease_and_the_age_begin_when_it_is_granted(line: Line) -> None:
+def test_the_lease_and_the_age_begin_when_it_is_granted(threads_line: Line) -> None:
     """Not when it asked: else it would be renewed too late, and be too old too soon."""
+    line = threads_line
     holder = line.holds(asked("a"))
     lease = Lease(RequestFactory().get("/"))
     waiting = line.waits(asked("a", wait=LONGER, ttl=6.0, max_age=100.0), lease=lease)
@@ -481,7 +490,8 @@ def test_the_lease_and_the_age_begin_when_it_is_granted(line: Line) -> None:
     assert keeper._wakes_at <= held.due
 
 
-def test_who_waits_longer_than_its_lease_is_held_for_all_of_it(line: Line) -> None:
+def test_who_waits_longer_than_its_lease_is_held_for_all_of_it(threads_line: Line) -> None:
+    line = threads_line
     holder = line.holds(asked("a"))
     lease = Lease(RequestFactory().get("/"))
     waiting = line.waits(asked("a", wait=LONGER, ttl=0.6, renew=False), lease=lease)
@@ -586,14 +596,14 @@ class TestTheStoreFails:
         assert (rejection.reason, rejection.status) == ("backend_unavailable", 503)
         self.nothing_is_left(line)
 
-    def test_local_counts_here(self, line: Line, when: dict[int, str]) -> None:
-        verdict = self.fails(line, when, "local")
+    def test_local_counts_here(self, memory_line: Line, when: dict[int, str]) -> None:
+        verdict = self.fails(memory_line, when, "local")
         assert (reason(verdict), states(verdict)) == ("full", [("a", "over", 2)])
-        self.nothing_is_left(line)
+        self.nothing_is_left(memory_line)
 
-    def test_a_policys_own_word_goes_first(self, line: Line, when: dict[int, str]) -> None:
-        assert reason(self.fails(line, when, "allow", on_backend_error="deny")) == "backend_unavailable"
-        self.nothing_is_left(line)
+    def test_a_policys_own_word_goes_first(self, memory_line: Line, when: dict[int, str]) -> None:
+        assert reason(self.fails(memory_line, when, "allow", on_backend_error="deny")) == "backend_unavailable"
+        self.nothing_is_left(memory_line)
 
 
 def test_a_store_known_to_fail_is_asked_nothing_and_what_stood_in_line_is_given_back(line: Line) -> None:
