@@ -95,7 +95,7 @@ def _enter(effect: Enter) -> Bell | None:
     keep everybody there waiting, those included who could give a slot back."""
     if _runs_a_loop():
         return None
-    bell: Bell = effect.store.bell()
+    bell = _made(effect.store.bell)
     with _entering:
         if len(_waiting) < effect.threads:
             _waiting.add(bell)
@@ -103,6 +103,14 @@ def _enter(effect: Enter) -> Bell | None:
             return bell
     bell.close()
     return None
+
+
+def _made(bell: Callable[[], Bell]) -> Bell:
+    """Where a store has none to give, asking again after a while is as good."""
+    try:
+        return bell()
+    except Exception:
+        return Bell()
 
 
 def _come_out(known: weakref.ref[Bell]) -> None:
@@ -190,8 +198,7 @@ async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
 
 
 async def _aenter(effect: Enter) -> Bell | None:
-    bell: Bell = effect.store.abell()
-    return bell
+    return _made(effect.store.abell)
 
 
 async def _await(effect: Wait) -> None:

@@ -644,6 +644,20 @@ def test_a_store_whose_queue_raises_is_one_that_fails(memory_line: Line, error: 
     assert states(memory_line.ask(asked("a", wait=LONGER), on_error="allow")) == [("a", "unprotected", None)]
 
 
+def test_a_store_that_has_no_bell_to_give_is_asked_again_after_a_while(
+    memory_line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(store: Any) -> Bell:
+        raise OSError("no descriptor is left")
+
+    holder = memory_line.holds(asked("a"))
+    monkeypatch.setattr(Faulty, "bell", fails)
+    monkeypatch.setattr(Faulty, "abell", fails)
+    waiting = memory_line.waits(asked("a", wait=LONGER))
+    memory_line.drive(holder.steps_to_give())
+    assert waiting.result(15).rejected_by is None
+
+
 # -- cut short --------------------------------------------------------------------------------------------------------------
 
 

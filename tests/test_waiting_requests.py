@@ -15,7 +15,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, JsonResponse
-from django.test import Client, override_settings
+from django.test import Client, RequestFactory, override_settings
 from django.urls import path
 from django.utils.decorators import method_decorator
 from django.views import View
@@ -26,6 +26,7 @@ from django_concurrency_mw import ConcurrencyLimitExceeded, backends, concurrenc
 from django_concurrency_mw import conf as our_conf
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.drf import ConcurrencyThrottle
+from django_concurrency_mw.exceptions import DecoratorUsageError
 from django_concurrency_mw.signals import request_rejected, slot_acquired
 from django_concurrency_mw.testing import hold_slots
 
@@ -220,6 +221,20 @@ def test_a_request_waits_wherever_its_slot_is_taken(
     assert (status, body["states"], body["held"]) == (200, ["held"], [policy])
     assert 0.02 <= body["waited"] < LONGER / 2
     assert events == [("acquired", policy, body["waited"])]
+
+
+def test_a_decorators_own_wait_goes_before_that_of_its_policy(memory_site: Site) -> None:
+    memory_site.use(wait=0)
+    with hold_slots("p"):
+        assert by_wsgi("/plain/")[2]["reason"] == "full"
+        waiting = memory_site.waits(by_wsgi, "/decorated/")
+    assert waiting.result(15)[0] == 200
+    memory_site.use()
+    with hold_slots("p"), pytest.raises(DecoratorUsageError, match="wait"):
+        concurrency_limit(policy="p", block=False)(plain)(RequestFactory().get("/"))
+    shadow = concurrency_limit(policy="p", block=False, wait=0)(plain)
+    with hold_slots("p"):
+        assert json.loads(shadow(RequestFactory().get("/")).content)["states"] == ["over"]
 
 
 @pytest.mark.parametrize("way", WAYS)
