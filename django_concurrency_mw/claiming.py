@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from time import monotonic, time
+from time import monotonic
 
 from django.core.exceptions import ImproperlyConfigured
 
 from . import health, peaks
 from .backends import BaseBackend
+from .backends.base import age_of
 from .conf import Config
 from .effects import Claim, Steps
 from .exceptions import ConcurrencyLimitExceeded, SlotLost
@@ -48,7 +49,7 @@ def claim(handed: HandedOver, lease: Lease, config: Config) -> Steps[Concurrency
 
 def _as_new(policy: Policy, old: Slot) -> Slot:
     """The same holder by another token, with what is left of its time. Raises: SlotLost where nothing is."""
-    age = max(0.0, time() - old.since)
+    age = age_of(old)
     most = policy.max_age if policy.renew else lease_seconds(policy)
     left = policy.ttl if most is None else min(policy.ttl, most - age)
     if left <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from inspect import isawaitable
@@ -21,8 +22,9 @@ from .keeper import keeper
 from .outcomes import QueueReply, Slot, StoreFailed, TakeReply
 
 T = TypeVar("T")
-#: The bells by which threads of this process wait now, and what serialises who comes in.
-_waiting: set[Bell] = set()
+#: The bells by which threads of this process wait now, and what serialises who comes in. Weakly: an exception may come from
+#: anywhere, and a place that nobody gives back would be lost for good.
+_waiting: weakref.WeakSet[Bell] = weakref.WeakSet()
 _entering = threading.RLock()
 
 
@@ -89,15 +91,41 @@ def _queue(effect: Queue) -> QueueReply | StoreFailed:
 
 
 def _enter(effect: Enter) -> Bell | None:
-    """A thread that waits is one less for requests without a limit, so they are counted."""
-    bell: Bell = effect.store.bell()
+    """A thread that waits is one less for requests without a limit, so they are counted. One that runs an event loop would
+    keep everybody there waiting, those included who could give a slot back."""
+    if _runs_a_loop():
+        return None
+    bell = _made(effect.store.bell)
     with _entering:
         if len(_waiting) < effect.threads:
             _waiting.add(bell)
-            bell.at_close(partial(_waiting.discard, bell))
+            bell.at_close(partial(_come_out, weakref.ref(bell)))
             return bell
     bell.close()
     return None
+
+
+def _made(bell: Callable[[], Bell]) -> Bell:
+    """Where a store has none to give, asking again after a while is as good."""
+    try:
+        return bell()
+    except Exception:
+        return Bell()
+
+
+def _come_out(known: weakref.ref[Bell]) -> None:
+    bell = known()
+    if bell is not None:
+        with _entering:
+            _waiting.discard(bell)
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _wait(effect: Wait) -> None:
@@ -170,8 +198,7 @@ async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
 
 
 async def _aenter(effect: Enter) -> Bell | None:
-    bell: Bell = effect.store.abell()
-    return bell
+    return _made(effect.store.abell)
 
 
 async def _await(effect: Wait) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import conf
 from .backends import BaseBackend
+from .bells import Bell
 from .chain import positions
 from .decorated import Decorated, decorated
 from .drivers import run
@@ -241,14 +242,24 @@ _REASONS: Mapping[str, Callable[[Policy], str]] = {
 class _Nothing:
     """A lease that holds nothing."""
 
+    given_up = False
+
     def __init__(self, look: _Look) -> None:
         self._look = look
 
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
         """Nothing is taken."""
 
-    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
         """Nothing was."""
+        return True
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Nobody waits."""
+        return True
+
+    def wake_by(self, bell: Bell) -> None:
+        """Nobody waits."""
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """Nobody waits."""

@@ -69,6 +69,7 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "token": slot.token,
         "path": slot.path[:PATH_LIMIT],
         "since": slot.since,
+        "waited": slot.waited,
         "waits": slot.waits,
     }
 
@@ -95,8 +96,9 @@ def _from_data(data: dict[str, Any]) -> tuple[Policy, Slot]:
         data["block"],
         data["path"],
         data["cost"],
-        data.get("waits", False),
-        data["since"],
+        since=data["since"],
+        waited=data.get("waited", 0.0),
+        waits=data.get("waits", False),
     )
     return policy, slot
 

@@ -13,13 +13,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from time import monotonic, time
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 
 from . import health, notices, renewals, signals
-from .backends.base import BaseBackend
+from .backends.base import BaseBackend, age_of
+from .bells import Bell
 from .drivers import arun, run
 from .effects import Give, Notify, Steps
 from .handover import pack
@@ -69,12 +71,15 @@ health.before_recovery(renewals.recount)
 class Lease:
     """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
 
-    __slots__ = ("__weakref__", "_epoch", "_held", "_request", "fields", "results", "sharers")
+    __slots__ = ("__weakref__", "_bells", "_epoch", "_held", "_request", "fields", "given_up", "results", "sharers")
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
+        self._bells: tuple[Bell, ...] = ()
+        #: Nobody need wait for it any more.
+        self.given_up = False
         #: Decorators that share in owning it; 0 where a middleware does.
         self.sharers = 0
         #: Of each blocking policy that was asked and has a limit.
@@ -94,19 +99,32 @@ class Lease:
         self._held += held
         keeper.watch(self, min(one.due for one in held))
 
-    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
-        """Of what one take asked for, these are held and the others are not."""
-        for held in self._of(asked):
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
+        """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
+        take may have overtaken."""
+        known = self._of(asked)
+        for held in known:
             if any(slot is held.slot for slot in got):
                 held.confirmed = True
             else:
                 self._strike(held)
         if not self._held:
             keeper.forget(self)
+        return bool(known)
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Has nobody given them back yet?"""
+        return bool(self._of(slots))
+
+    def wake_by(self, bell: Bell) -> None:
+        """This is to ring when it is given up, until it is closed."""
+        self._bells += (bell,)
+        bell.at_close(partial(self._sleeps_no_more, bell))
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """They waited: their leases begin at `since` (monotonic seconds) at the earliest, and so does their age."""
         for held in self._of(slots):
+            held.slot.waited += since - held.since
             held.since = since
             held.extended(since, held.slot.ttl)
             keeper.watch(self, held.due)
@@ -119,6 +137,15 @@ class Lease:
         if not self._held:
             keeper.forget(self)
         _give_later(doubtful)
+
+    def give_up(self) -> None:
+        """Nobody is there any more for whom it is worth waiting: who stands in line for it leaves."""
+        self.given_up = True
+        for bell in self._bells:
+            bell.ring()
+
+    def _sleeps_no_more(self, bell: Bell) -> None:
+        self._bells = tuple([other for other in self._bells if other is not bell])
 
     def holdings(self) -> list[Held]:
         """What it may hold now."""
@@ -178,7 +205,7 @@ class Lease:
         """
         self.confirm(slots, slots)
         for held in self._of(slots):
-            held.since -= max(0.0, time() - held.slot.since)
+            held.since -= age_of(held.slot)
             held.announced = True
             if unsure and held.policy.renew:
                 held.due = monotonic()
@@ -329,4 +356,10 @@ def _all_held() -> Iterator[Held]:
 def _give_later(group: Sequence[Held]) -> None:
     """Leave these to the keeper."""
     for store, some in by_store([held for held in group if held.in_store]):
-        keeper.give_later(store, [held.slot for held in some], max(held.ends for held in some))
+        keeper.give_later(store, [held.slot for held in some], max(map(_may_end, some)))
+
+
+def _may_end(held: Held) -> float:
+    """When its lease ends, at the latest; of one that the store did not confirm, as if it had begun just now: it may have
+    stood in line."""
+    return held.ends if held.confirmed else monotonic() + held.slot.ttl

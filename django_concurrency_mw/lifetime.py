@@ -38,6 +38,7 @@ async def release_cancelled(lease: Lease) -> None:
     The hop queues in the request's own thread-sensitive context, so it runs when the view's thread is free. A second cancel
     ends the wait, not the hop.
     """
+    lease.give_up()  # the view's thread may stand in line
     task = asyncio.get_running_loop().create_task(_release_in_thread(lease))
     _releasing.add(task)
     task.add_done_callback(_releasing.discard)

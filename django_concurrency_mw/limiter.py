@@ -67,6 +67,7 @@ def join(request: HttpRequest) -> tuple[Lease, bool]:
         if not own.get(_ENDED) or own.pop(LEASE, None) is None:
             return lease, False
         # The middleware was cancelled at this very moment, and did not see the lease.
+        lease.give_up()
         lease.sharers = 1
         return lease, True
     if lease is _ABSENT:

@@ -55,6 +55,8 @@ class Slot:
     waits: bool = False
     #: Seconds since the epoch by our own clock; for people, and for the age of what is handed over, never for who is let in.
     since: float = field(default_factory=time, compare=False)
+    #: How many of these it stood in line, and was not held.
+    waited: float = field(default=0.0, compare=False)
     #: For the store that holds it: what it made of this slot and needs again.
     memo: list[Any] = field(default_factory=list, repr=False, compare=False)
 

@@ -13,12 +13,23 @@ from time import monotonic
 from typing import Any, Protocol
 
 from . import pace
+from .bells import Bell
 from .effects import Enter, Queue, Steps, Wait
 from .outcomes import Asked, Full, LineFull, Queued, QueueReply, Reason, Slot, StoreFailed, Taken
 
 
 class Waiting(Protocol):
     """The lease, as one who waits sees it."""
+
+    @property
+    def given_up(self) -> bool:
+        """Nobody is there any more for whom it is worth waiting."""
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """Has nobody given them back yet?"""
+
+    def wake_by(self, bell: Bell) -> None:
+        """This is to ring when it is given up, until it is closed."""
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """These are held since then (monotonic seconds) at the earliest, and not since they were first asked for."""
@@ -44,21 +55,22 @@ def wait(
     waits = [entry.policy.wait if entry.policy.block and entry.limit != 0 else 0.0 for entry in group]
     began = asked = monotonic()
     until = began + _shortest(waits, full)
-    if until <= began:
+    if until <= began or lease.given_up:
         return Waited(full)
     first = group[full.full.index(True)].policy
     bell = yield from Enter(store, threads)
     if bell is None:
-        return Waited(full, "queue_full", 0.0, pace.retry_after(first.name, 1))
+        return Waited(full, "queue_full", 0.0, pace.retry_after(first, 1))
     most = tuple([entry.policy.max_waiting if seconds else None for entry, seconds in zip(group, waits, strict=True)])
     nobody = (None,) * len(slots)
     joined = moved_from = 0
     joined_at = began
     stands = False
     try:
+        lease.wake_by(bell)
         while True:
             before, asked = asked, monotonic()
-            in_time = asked < until
+            in_time = asked < until and not lease.given_up and lease.expects(slots)
             reply: QueueReply | StoreFailed = yield from Queue(store, slots, most if in_time else nobody, bell)
             waited = monotonic() - began
             if isinstance(reply, Queued):
@@ -70,18 +82,19 @@ def wait(
                 continue
             if isinstance(reply, Taken):
                 if stands:
-                    pace.seen(first.name, joined, monotonic() - joined_at)
+                    pace.seen(first, joined, monotonic() - joined_at)
                 lease.begin_anew(slots, before)
                 return Waited(reply, seconds=waited)
             if isinstance(reply, StoreFailed):
                 return Waited(reply, seconds=waited, in_doubt=stands)
             if isinstance(reply, LineFull):
                 last = Full(reply.full, reply.in_flight)
-                return Waited(last, "queue_full", waited, pace.retry_after(first.name, first.max_waiting + 1))
+                return Waited(last, "queue_full", waited, pace.retry_after(first, first.max_waiting + 1))
             if in_time:  # one that is not waited for is full
                 return Waited(reply, seconds=waited)
-            pace.seen(first.name, joined - moved_from, monotonic() - joined_at)
-            return Waited(reply, "wait_timeout", waited, pace.retry_after(first.name, moved_from or 1))
+            if stands and not lease.given_up:
+                pace.seen(first, joined - moved_from, monotonic() - joined_at)
+            return Waited(reply, "wait_timeout", waited, pace.retry_after(first, moved_from or 1))
     finally:
         bell.close()
 

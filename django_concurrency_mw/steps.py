@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .effects import Steps, Take
+from .bells import Bell
+from .effects import Give, Steps, Take
 from .outcomes import (
     UNLIMITED,
     Asked,
@@ -54,8 +55,19 @@ class Ledger(Protocol):
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
         """These slots may be held from now on."""
 
-    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> None:
-        """Of what one take asked for, these are held and the others are not."""
+    def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
+        """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
+        take may have overtaken."""
+
+    def expects(self, slots: Sequence[Slot]) -> bool:
+        """See `queueing.Waiting`."""
+
+    @property
+    def given_up(self) -> bool:
+        """See `queueing.Waiting`."""
+
+    def wake_by(self, bell: Bell) -> None:
+        """See `queueing.Waiting`."""
 
     def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
         """See `queueing.Waiting`."""
@@ -150,6 +162,9 @@ def acquire(
             failed(lease, slots, reply, in_doubt=waited.in_doubt)
             reason = _fail_over(store, group, slots, lease, account, on_error, fields)
         else:
+            got = reply.held if isinstance(reply, Taken) else ()
+            if not lease.confirm(slots, [slot for slot, held in zip(slots, got, strict=False) if held]):
+                yield from Give(store, slots)
             reason = _settle(store, reply, group, slots, lease, account)
             if reason == "full" and isinstance(reply, Full):
                 reason = waited.reason
@@ -204,14 +219,12 @@ def _settle(
     store: Any, reply: TakeReply, group: Sequence[Asked], slots: Sequence[Slot], lease: Ledger, account: _Account
 ) -> Reason | None:
     if isinstance(reply, Full):
-        lease.confirm(slots, ())
         for entry, full, count in zip(group, reply.full, reply.in_flight, strict=True):
             if full:
                 account.full[entry.policy.name] = count
                 account.states[entry.policy.name] = ("over", count)
         return "full"
     assert isinstance(reply, Taken)
-    lease.confirm(slots, [slot for slot, held in zip(slots, reply.held, strict=True) if held])
     for entry, held, count in zip(group, reply.held, reply.in_flight, strict=True):
         account.states[entry.policy.name] = ("held" if held else "over", count)
     for entry, count, more in zip(group, reply.in_flight, lease.uncounted(store, slots), strict=False):

@@ -116,7 +116,10 @@ class HeldSlots(Block[None]):
         return list(found.values())
 
     def _fill(self, lease: Lease, store: BaseBackend, policy: Policy, key: Key, number: int) -> Steps[None]:
-        slots = tuple(Slot(policy.name, key, UNLIMITED, policy.ttl, new_token(), path=PATH) for _ in range(number))
+        slots = tuple(
+            Slot(policy.name, key, UNLIMITED, policy.ttl, new_token(), path=PATH, waits=policy.wait > 0)
+            for _ in range(number)
+        )
         lease.expect(store, [policy] * number, slots)
         reply = yield from Take(store, slots)
         if isinstance(reply, StoreFailed):

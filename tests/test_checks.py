@@ -77,6 +77,26 @@ class Abstract(BaseBackend):
     supports_semaphores = True
 
 
+class Impatient(MemoryBackend):
+    """It limits, and lets nobody wait."""
+
+    supports_wait = False
+
+
+@pytest.mark.parametrize("by", ["table", "decorator"])
+def test_e002_a_wait_on_a_store_where_nobody_can(limits: Limits, decorate: Callable[..., Any], by: str) -> None:
+    backends = {"default": {"BACKEND": named(Impatient)}}
+    limits(everything(wait=2) if by == "table" else None, BACKENDS=backends)
+    view = decorate(key="global", max_concurrent=1, wait=2) if by == "decorator" else None
+    (error,) = found()
+    assert error.id == "django_concurrency_mw.E002"
+    assert "wait: the backend 'default' cannot let requests wait" in error.msg
+    limits(everything() if by == "table" else None, BACKENDS=backends)
+    view = decorate(key="global", max_concurrent=1, wait=0) if by == "decorator" else None
+    assert by == "decorator" or ids() == [], "without a wait it is as good as any"
+    del view
+
+
 class Fails(MemoryBackend):
     def __init__(self, config: Any) -> None:
         raise OSError("no such device")

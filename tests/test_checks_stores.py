@@ -130,7 +130,7 @@ def test_w026_a_redis_that_lets_nobody_be_told_that_it_is_his_turn(
     assert ids() == [], "it is nothing to a site where nobody waits"
     limits(everything(wait=2), BACKENDS=entry)
     (warning,) = found()
-    assert warning.id == "django_concurrency_mw.W026"
+    assert warning.id == "django_concurrency_mw.W025"
     assert f"&{{{prefix}}}:1:* +publish +subscribe +pubsub|numsub" in warning.hint
     user("allchannels", "+@all")
     assert ids() == []

@@ -190,6 +190,62 @@ def test_w023_is_silent_where_the_view_has_a_decorator(limits: Limits) -> None:
     assert ids() == ["W023"]
 
 
+TWO_STORES = {
+    "default": {"BACKEND": "memory"},
+    "far": {"BACKEND": "memory", "KEY_PREFIX": "far"},
+    "same": {"BACKEND": "memory"},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fires"),
+    [
+        ({"wait": 2}, {"backend": "far"}, True),
+        ({"wait": "2s", "backend": "far"}, {}, True),
+        ({"wait": 2}, {"backend": "far", "block": False}, True),
+        ({"wait": 2}, {"backend": "far", "when": "staff"}, True),
+        ({"wait": 2, "methods": ["GET", "PUT"]}, {"backend": "far", "methods": ["PUT", "POST"]}, True),
+        ({"wait": 0}, {"backend": "far"}, False),
+        ({}, {"backend": "far"}, False),
+        ({"wait": 2}, {}, False),
+        ({"wait": 2}, {"backend": "same"}, False),
+        ({"wait": 2, "methods": ["GET"]}, {"backend": "far", "methods": ["POST"]}, False),
+        ({"wait": 2, "url_names": ["a"]}, {"backend": "far", "url_names": ["b"]}, False),
+        ({"wait": 2, "url_names": ["*"], "exclude": ["b"]}, {"backend": "far", "url_names": ["b"]}, False),
+    ],
+    ids=str,
+)
+def test_w024_a_wait_that_nobody_ever_waits(
+    limits: Limits, first: dict[str, Any], second: dict[str, Any], fires: bool
+) -> None:
+    common = {"key": "global", "max_concurrent": 1, "url_names": ["a", "b"]}
+    limits({"policies": {"p": {**common, **first}, "q": {**common, **second}}}, BACKENDS=TWO_STORES)
+    _use_urls([path("a/", page, name="a"), path("b/", other, name="b")])
+    messages = [message for message in found() if message.id == "django_concurrency_mw.W024"]
+    assert len(messages) == fires
+    if fires:
+        assert "policy p has a `wait` without effect" in messages[0].msg
+        assert "for q:" in messages[0].msg
+        assert messages[0].msg.endswith("Views: a, b.")
+
+
+@pytest.mark.parametrize(("overridable", "fires"), [(True, False), (False, True)])
+def test_w024_does_not_count_what_a_decorator_replaces(limits: Limits, overridable: bool, fires: bool) -> None:
+    """A decorator takes its slot by itself, whatever the request holds by then."""
+    fields = {"key": "global", "max_concurrent": 1, "url_names": ["a"], "overridable": overridable}
+    limits({"policies": {"p": {**fields, "wait": 1}, "q": {**fields, "backend": "far"}}}, BACKENDS=TWO_STORES)
+    _use_urls([path("a/", decorated, name="a")])
+    assert ("W024" in ids()) == fires
+
+
+def test_w024_is_silent_about_a_store_that_cannot_be_used(limits: Limits) -> None:
+    fields = {"key": "global", "max_concurrent": 1, "url_names": ["a"]}
+    limits({"policies": {"p": {**fields, "wait": 1}, "q": {**fields, "backend": "nowhere"}}}, BACKENDS=TWO_STORES)
+    _use_urls([path("a/", page, name="a")])
+    assert "W024" not in ids()
+    assert "E002" in ids()
+
+
 def test_policies_that_only_decorators_use_have_no_urls_to_check(limits: Limits, decorate: Decorate) -> None:
     use(limits, TWICE)
     view = decorate(policy="p")

@@ -80,7 +80,7 @@ async def claims(token: str) -> bool:
 by_callables: Callable[[Callable[[HttpRequest], HttpResponse]], Callable[[HttpRequest], HttpResponse]]
 by_callables = concurrency_limit(key=key, max_concurrent=1, response_callback=busy)
 by_callables = concurrency_limit(key=akey, max_concurrent=1, methods=["POST"], when="staff", status=503, renew=False)
-by_callables = concurrency_limit(policy="report-exports", ttl=60.5)
+by_callables = concurrency_limit(policy="report-exports", ttl=60.5, wait="2s", max_waiting=10)
 wrong_key = concurrency_limit(key=5, max_concurrent=1)  # type: ignore[arg-type]
 by_callables = concurrency_limit(key="ip", max_concurrent=limit_of, cost=cost_of, per_key={"ip:::1": None})
 wrong_limit = concurrency_limit(key="ip", max_concurrent=5.0)  # type: ignore[arg-type]

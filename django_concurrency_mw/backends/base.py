@@ -64,8 +64,8 @@ def probe_slot() -> Slot:
 
 
 def age_of(slot: Slot) -> float:
-    """Seconds since a slot's `since`, for people; never less than 0, whatever the clock was set to meanwhile."""
-    return max(0.0, time() - slot.since)
+    """Seconds since a slot is held, for people; never less than 0, whatever the clock was set to meanwhile."""
+    return max(0.0, time() - slot.since - slot.waited)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from .policies import check_keys, check_leases, check_nobody
 from .settings import check_decorators, check_policies, check_settings
 from .stores import check_caches, check_default_store, check_same_count, check_stores
 from .table import CHECKS, Check, registered
-from .urls import check_health, check_patterns, check_second_names
+from .urls import check_health, check_patterns, check_second_names, check_waits
 
 TAG = "concurrency"
 
@@ -43,5 +43,6 @@ __all__ = [
     "check_second_names",
     "check_settings",
     "check_stores",
+    "check_waits",
     "registered",
 ]

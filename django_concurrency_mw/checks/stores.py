@@ -31,7 +31,7 @@ def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
 
 
 def check_waiting(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
-    """W026: what the stores say of themselves where a policy lets requests wait."""
+    """W025: what the stores say of themselves where a policy lets requests wait."""
     config = configuration()
     if config is None:
         return []

@@ -17,7 +17,7 @@ from .middleware import check_identity, check_middleware, check_order
 from .policies import check_keys, check_leases, check_nobody
 from .settings import check_decorators, check_policies, check_settings
 from .stores import check_caches, check_default_store, check_same_count, check_stores, check_waiting
-from .urls import check_health, check_patterns, check_second_names
+from .urls import check_health, check_patterns, check_second_names, check_waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ CHECKS: tuple[Check, ...] = (
     Check("W021", "A policy counts by the session, which signed_cookies does not identify.", check_keys),
     Check("W022", "A header with an underscore in its name, which servers drop.", check_keys),
     Check("W023", "A view is reachable under another name, outside its policy.", check_second_names),
-    Check("W026", "A Redis does not let those who wait be told that it is their turn.", check_waiting),
+    Check("W024", "A policy's wait has no effect, as its requests ask several stores.", check_waits),
+    Check("W025", "A Redis does not let those who wait be told that it is their turn.", check_waiting),
     Check("I001", "A policy admits nobody.", check_nobody),
 )
 

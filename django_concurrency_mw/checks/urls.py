@@ -8,10 +8,12 @@ from typing import Any
 
 from django.core.checks import CheckMessage, Warning
 
+from .. import conf
+from ..backends import get_backend
 from ..coverage import covers_by_glob, second_names, unmatched_patterns
 from ..limiter import is_replaced
-from ..policies import Policy
-from ..routes import routes
+from ..policies import STANDARD_METHODS, Policy
+from ..routes import Route, routes
 from .common import configuration, listed
 
 #: A word of a view's name that says by itself that a machine asks whether the site lives.
@@ -84,6 +86,53 @@ def check_second_names(app_configs: Any = None, **kwargs: Any) -> list[CheckMess
         )
         for policy, names in ways.items()
     ]
+
+
+def check_waits(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W024: a wait that no request ever waits, as it asks several stores."""
+    config = configuration()
+    if config is None:
+        return []
+    known = routes()
+    messages: list[CheckMessage] = []
+    for policy in config.table:
+        beside: dict[str, None] = {}
+        where = [route.name for route in known if policy.wait and _asks_several(policy, route, config, beside)]
+        if where:
+            messages.append(
+                Warning(
+                    f"{policy.place}: policy {policy.name} has a `wait` without effect where a request also asks another "
+                    f"store, for {listed(beside)}: such a request never waits. Views: {listed(where)}.",
+                    hint="Whoever holds a slot of one store would keep it from others while it stands in line at another. Give "
+                    "policies that meet on one view the same `backend`; or remove `wait`.",
+                    id="django_concurrency_mw.W024",
+                )
+            )
+    return messages
+
+
+def _asks_several(policy: Policy, route: Route, config: conf.Config, beside: dict[str, None]) -> bool:
+    """Does a request here, by any method, ask more than one store? `beside` gets the names of those in others."""
+    if is_replaced(policy, route.view):
+        return False
+    others = {
+        other.name
+        for method in policy.methods or STANDARD_METHODS
+        for together in [config.table.match(route.name, method)]
+        if policy in together
+        for other in together
+        if not is_replaced(other, route.view) and _count_apart(policy, other, config)
+    }
+    beside.update(dict.fromkeys(other.name for other in config.table if other.name in others))
+    return bool(others)
+
+
+def _count_apart(policy: Policy, other: Policy, config: conf.Config) -> bool:
+    """Do they ask two stores? About one that cannot be used E002 has the word."""
+    try:
+        return get_backend(policy.backend, config.backends) is not get_backend(other.backend, config.backends)
+    except Exception:  # a store of the project's may fail in any way
+        return False
 
 
 def _is_for_machines(name: str) -> bool:

@@ -301,7 +301,7 @@ class RedisBackend(BaseBackend):
             return []
         message = f"{self.config.place}: nobody can be told that it is his turn: {refusal}"
         hint = f"Until then those who wait ask every 50 ms. {listening(self._keys)}"
-        return [Warning(message, hint=hint, id="django_concurrency_mw.W026")]
+        return [Warning(message, hint=hint, id="django_concurrency_mw.W025")]
 
     def _evicts(self) -> str:
         """The server's maxmemory-policy, if it may remove our keys; empty if not, and where it does not say."""
