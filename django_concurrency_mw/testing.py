@@ -20,6 +20,7 @@ from .blocks import Block
 from .effects import Steps, Take
 from .exceptions import BackendError, did_you_mean, shown
 from .held import Held, by_store
+from .kept import is_kept_of
 from .keys import make_key, written
 from .lease import Lease
 from .limiter import store_of
@@ -38,8 +39,6 @@ AT_ONCE = 100
 LOOK_EVERY = 0.01
 #: Seconds that the end of `hold_slots` waits for its releases to be carried out.
 GIVEN_WITHIN = 1.0
-#: Bytes of a name or a key that every store keeps; longer ones may be cut.
-KEPT_BY_ALL = 60
 
 
 def hold_slots(policy: str, key: str | None = None, n: int = 1) -> HeldSlots:
@@ -182,16 +181,9 @@ class _Look:
             raise AssertionError("\n  ".join([f"{number} held:", *lines]))
 
     def _is_meant(self, holder: Holder) -> bool:
-        if self._policy is not None and not _says(holder.policy, self._policy):
+        if self._policy is not None and not is_kept_of(holder.policy, self._policy):
             return False
-        return self._keys is None or any(_says(holder.key, key) for key in self._keys)
-
-
-def _says(shown: str, text: str) -> bool:
-    """Is `shown` what a store keeps of this text: a part of it where it is long, in one line?"""
-    return shown == text or (
-        len(shown.encode()) >= KEPT_BY_ALL and text.replace("\n", " ").startswith(shown.replace("\n", " "))
-    )
+        return self._keys is None or any(is_kept_of(holder.key, key) for key in self._keys)
 
 
 def _policies(name: str, config: conf.Config) -> list[Policy]:

@@ -6,7 +6,6 @@ import json
 from dataclasses import MISSING
 from dataclasses import fields as fields_of
 from ipaddress import ip_network
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -260,11 +259,11 @@ def test_the_decorator_overrides_only_what_was_given() -> None:
 
 def test_a_decorator_names_everything_that_is_wrong_at_its_place() -> None:
     with pytest.raises(DecoratorUsageError) as caught:
-        make(max_concurent=5, url_names=["a"], exclude=["b"], ttl="x", wait=2)
+        make(max_concurent=5, url_names=["a"], exclude=["b"], ttl="x", wait=-2)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(caught.value.problems) == 6
     assert all(line.startswith("shop/views.py:7: @concurrency_limit: ") for line in lines)
-    for piece in ("did you mean 'max_concurrent'?", "key is required", "remove it"):
+    for piece in ("did you mean 'max_concurrent'?", "key is required", "remove it", "no negative number"):
         assert piece in str(caught.value)
     assert "max_concurrent is required" not in str(caught.value), "a misspelt field is one mistake, not two"
     assert isinstance(caught.value, TypeError)

@@ -108,6 +108,7 @@ def test_of_the_bad_values_of_a_field_it_accepts_only_those_that_a_pattern_canno
         ("ttl", "'999999999999999h'"),
         ("except_ips", "['10.0.0.1/8']"),
         ("status", "429.0"),  # to JSON an integer
+        ("max_waiting", "1.0"),
         ("max_concurrent", "5.0"),
     }
 
