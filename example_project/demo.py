@@ -491,10 +491,9 @@ def say(console: Console, lines: Sequence[str]) -> None:
 
 
 def told_of_the_line(outcome: Outcome) -> str:
-    burst = outcome.burst
+    burst, seconds = outcome.burst, f"{outcome.longest_wait:.2f} s"
     return (
-        f"{burst.policy}: {len(outcome.answers)} came at once, {burst.cap} at a time were in the view for each {burst.per}; "
-        f"the others waited in line, {outcome.longest_wait:.2f} s at most.\n"
+        f"{burst.policy}: {burst.cap} at a time for each {burst.per}, the others waited in line, {seconds} at most.\n"
     )
 
 

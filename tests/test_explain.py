@@ -307,18 +307,21 @@ def test_nobody_is_said_to_overtake_a_line(limits: Limits, lining: dict[str, Any
     assert explained("/told/").waits == 0
 
 
-def test_it_never_stands_in_line_itself(limits: Limits, lining: dict[str, Any]) -> None:
+def test_it_never_stands_in_line_itself(
+    limits: Limits, lining: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the pace of the line, which tells the rejected when to come back, is not changed by it."""
     limits(
         {"policies": {"one": {"url_names": ["told"], "key": "global", "max_concurrent": 1, "wait": 5}}},
         middleware=[OURS],
         BACKENDS={"default": lining},
     )
-    pace.forget()
+    seen: list[Any] = []
+    monkeypatch.setattr(pace, "seen", lambda *sight: seen.append(sight))
     with hold_slots("one"):
         assert explained("/told/").waits == 5
         assert current_store().waiters() == []
-    assert pace.retry_after("one", 1) is None
+    assert seen == []
 
 
 def test_what_is_taken_further_in_is_seen_as_it_would_be_then(limits: Limits, lining: dict[str, Any]) -> None:
