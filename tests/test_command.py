@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -451,6 +453,22 @@ class TestLines:
         assert [one["place"] for one in document("holders", "--key", "user:7")[1]["waiting"]] == [1, 2]
         assert document("holders", "--key", "user:8")[0] == 1
         assert document("holders", "--older-than", "1h")[1]["waiting"] == []
+
+    @pytest.mark.parametrize("terminal", [False, True], ids=["a pipe", "a terminal"])
+    def test_the_watch_shows_them(self, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+        def interrupted(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        clock = SimpleNamespace(sleep=interrupted, strftime=time.strftime)
+        monkeypatch.setattr("django_concurrency_mw.console.holders.time", clock)
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal  # type: ignore[method-assign]
+        call_command("concurrency", "holders", "--watch", stdout=stream)
+        text = stream.getvalue()
+        assert "2 holders at" in text
+        assert text.index("2 holders at") < text.index("3 wait in line")
+        assert text.count(PATH) == (6 if terminal else 3), "at the end it is drawn once more"
+        assert ("\x1b[" in text) == terminal
 
     def test_one_who_waits_is_not_evicted(self, lining: dict[str, Any]) -> None:
         """Not by `--evict`: the line goes on as it stands."""

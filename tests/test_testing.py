@@ -26,7 +26,7 @@ from django_concurrency_mw.testing import aassert_no_slots_held, assert_no_slots
 from .conftest import Run
 from .queued import PATH, WAITING, standing
 from .redis_server import RedisServer
-from .support import OURS, Limits, backend_entry, run_async, wait_until
+from .support import OURS, Limits, await_until, backend_entry, run_async, wait_until
 from .views import Deliberate, switch
 
 Store = dict[str, Any]
@@ -446,6 +446,17 @@ def test_a_request_waits_until_the_block_ends(lines: BaseBackend) -> None:
         assert wait_until(lambda: len(lines.waiters()) == 1)
     thread.join(10)
     assert answers == [200]
+    assert_no_slots_held()
+
+
+def test_a_request_of_the_async_client_waits(lines: BaseBackend) -> None:
+    async def main() -> int:
+        async with hold_slots("whole"):
+            asking = asyncio.create_task(AsyncClient().get("/aplain/"))
+            assert await await_until(lambda: len(lines.waiters()) == 1)
+        return (await asyncio.wait_for(asking, 10)).status_code
+
+    assert run_async(main) == 200
     assert_no_slots_held()
 
 
