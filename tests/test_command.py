@@ -420,6 +420,7 @@ class TestLines:
             BACKENDS={"default": lining},
         )
         store = get_backend("default", conf.current().backends)
+        store.note({})  # which its keeper would do a little later: who this process is
         with (
             hold_slots("a", "user:7"),
             standing(store, "a", "user:7", 2),
