@@ -260,7 +260,7 @@ def test_every_proof_of_the_page_on_guarantees_is_there() -> None:
 
 def test_the_rights_of_the_page_on_stores_are_those_that_a_check_names() -> None:
     named = PERMISSIONS.split("* ", 1)[1]
-    assert named in block("stores.md", "text", "+evalsha")
+    assert named in block("stores.md", "text", "ACL SETUSER")
 
 
 SITE = """
