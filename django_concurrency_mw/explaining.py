@@ -1,7 +1,8 @@
 """The explanation: which policies a request would meet, why not the others, and what would be answered now.
 
 It runs the decisions of real requests, the same steps, over stores that are only looked at: each take is answered from the
-counts, and nothing is taken. What it cannot see is what another process counts by itself while a store fails.
+counts and the lines, and nothing is taken. A request that would wait is followed as if its turn had come. What it cannot see
+is what another process counts by itself while a store fails, and how many threads of another process wait.
 """
 
 from __future__ import annotations
@@ -16,11 +17,26 @@ from .bells import Bell
 from .chain import positions
 from .decorated import Decorated, decorated
 from .drivers import run
-from .effects import Steps, Take
+from .effects import Enter, Queue, Steps, Take
+from .kept import is_kept_of
 from .keys import Resolver
 from .limiter import is_replaced, policies_of, store_of
 from .middleware import authenticates_itself, is_ours, throttles_itself
-from .outcomes import Asked, Full, KeyMissing, Rejection, Slot, State, StoreFailed, Taken, TakeReply, Verdict
+from .outcomes import (
+    Asked,
+    Full,
+    KeyMissing,
+    LineFull,
+    Queued,
+    QueueReply,
+    Rejection,
+    Slot,
+    State,
+    StoreFailed,
+    Taken,
+    TakeReply,
+    Verdict,
+)
 from .policies import Policy, left_out
 from .steps import acquire
 from .tokens import new_token
@@ -38,7 +54,8 @@ class Finding:
 
     `taken_by` says where it is taken: the middleware, the throttle of a view of Django REST framework, or a decorator.
     `why_not` is empty where it applies. `in_flight` is what is held now, without this request; None where the store does
-    not say, or was not asked as an earlier policy rejects. `state` is what the request would be told of it.
+    not say, or was not asked as an earlier policy rejects. `state` is what the request would be told of it. `waiting` is how
+    many stand in its line now, and `place` where the request would stand there, 1 for the first; None: it would not wait.
     """
 
     policy: Policy
@@ -49,16 +66,22 @@ class Finding:
     cost: int = 1
     in_flight: int | None = None
     state: State | None = None
+    waiting: int = 0
+    place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`findings` in the order in which they are asked, then those that do not apply; `notes` say what to keep in mind."""
+    """`findings` in the order in which they are asked, then those that do not apply; `notes` say what to keep in mind.
+
+    `waits`: seconds that the request would stand in line at most, before it is rejected after all; 0 where it would not.
+    """
 
     view_name: str
     findings: tuple[Finding, ...]
     rejection: Rejection | None
     notes: tuple[str, ...] = ()
+    waits: float = 0.0
 
 
 def explain(request: HttpRequest, config: conf.Config) -> Explanation:
@@ -96,7 +119,11 @@ def explain(request: HttpRequest, config: conf.Config) -> Explanation:
     look.at(by_table, where)
     others += look.at_decorators([*outer, *(one for one in decorators if one.method is not None)])
     return Explanation(
-        match.view_name, (*look.findings, *look.skipped, *others), look.rejection, (*notes, *dict.fromkeys(look.notes))
+        match.view_name,
+        (*look.findings, *look.skipped, *others),
+        look.rejection,
+        (*notes, *dict.fromkeys(look.notes)),
+        look.waits,
     )
 
 
@@ -130,8 +157,12 @@ class _Look:
     skipped: list[Finding] = field(default_factory=list)
     rejection: Rejection | None = None
     notes: list[str] = field(default_factory=list)
+    waits: float = 0.0
     _held: set[tuple[str, bytes]] = field(default_factory=set)
+    #: Policy -> what is in flight, how many stand in its line, and at which place the request would stand there.
     _counts: dict[str, int] = field(default_factory=dict)
+    _lines: dict[str, int] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
 
     def at(self, policies: Sequence[Policy], taken_by: str) -> None:
         """The policies that are taken together here. After a rejection nothing is asked any more."""
@@ -144,8 +175,10 @@ class _Look:
         asking = run(resolver.resolve(policies))
         stores = {policy.backend: store_of(policy, self.config) for policy in policies}
         fresh = [entry for entry in asking if isinstance(entry, KeyMissing) or _semaphore(entry) not in self._held]
-        steps = acquire(fresh, stores, _Nothing(self), new_token(), self.request.path, self.config.on_backend_error)
-        verdict: Verdict = run(self._looked_at(steps))
+        # How many threads of the server wait cannot be seen, so one more may; 0 here is said in a note.
+        path, on_error = self.request.path, self.config.on_backend_error
+        steps = acquire(fresh, stores, _Nothing(self), new_token(), path, on_error, self.config.max_sync_waiters)
+        verdict: Verdict = run(self._looked_at(steps, {policy.name: policy.wait for policy in policies}))
         self.rejection = verdict.concurrency.rejection
         states = {result.policy: result.state for result in verdict.concurrency.policies}
         for entry in asking:
@@ -160,8 +193,20 @@ class _Look:
                 self.skipped.append(Finding(policy, taken_by, "this request has its slot already", key=entry.key.text))
                 continue
             state = states[policy.name]
-            count = self._counts.get(policy.name)
-            self.findings.append(Finding(policy, taken_by, "", entry.key.text, entry.limit, entry.cost, count, state))
+            self.findings.append(
+                Finding(
+                    policy,
+                    taken_by,
+                    "",
+                    entry.key.text,
+                    entry.limit,
+                    entry.cost,
+                    self._counts.get(policy.name),
+                    state,
+                    self._lines.get(policy.name, 0),
+                    None if self.rejection is not None else self._places.get(policy.name),
+                )
+            )
             if self.rejection is None and (state in ("held", "local") or not policy.block):
                 self._held.add(_semaphore(entry))
         applied = {entry.policy for entry in asking}
@@ -181,13 +226,20 @@ class _Look:
                 self.at((one.policy,), DECORATOR)
         return others
 
-    def _looked_at(self, steps: Steps[Verdict]) -> Steps[Verdict]:
-        """The same steps; what they want to take is looked at instead."""
+    def _looked_at(self, steps: Steps[Verdict], waits: Mapping[str, float]) -> Steps[Verdict]:
+        """The same steps; what they want to take, or to wait for, is looked at instead. `waits`: seconds by policy."""
         try:
             effect = next(steps)
             while True:
                 if type(effect) is Take:
                     effect = steps.send(self._reply(effect.store, effect.slots))
+                elif type(effect) is Enter:
+                    effect = steps.send(Bell())  # nobody rings it
+                elif type(effect) is Queue:
+                    reply = self._in_line(effect.store, effect.slots, effect.most)
+                    if isinstance(reply, Queued):
+                        reply = self._its_turn(effect.slots, reply, waits)
+                    effect = steps.send(reply)
                 else:
                     effect = steps.send((yield effect))
         except StopIteration as stop:
@@ -196,6 +248,7 @@ class _Look:
     def _reply(self, store: BaseBackend, slots: Sequence[Slot]) -> TakeReply | StoreFailed:
         try:
             counts = tuple(store.counts(slots))
+            lines = _lengths(store, slots)
         except NotImplementedError:
             raise
         except Exception as error:  # as a take would be
@@ -205,13 +258,68 @@ class _Look:
         if blind:
             self.notes.append(f"backend {store.config.alias}: {blind}")
         self._counts.update({slot.policy: count for slot, count in zip(slots, counts, strict=True)})
-        fits = tuple(count + slot.cost <= slot.limit for slot, count in zip(slots, counts, strict=True))
+        self._lines.update({slot.policy: waiting for slot, waiting in zip(slots, lines, strict=True)})
+        # Nobody overtakes those who wait, though there be room.
+        fits = tuple(
+            not waiting and count + slot.cost <= slot.limit
+            for slot, count, waiting in zip(slots, counts, lines, strict=True)
+        )
         full = tuple(slot.block and not room for slot, room in zip(slots, fits, strict=True))
         if True in full:
             return Full(full, counts)
         return Taken(
             fits, tuple(count + room * slot.cost for slot, count, room in zip(slots, counts, fits, strict=True))
         )
+
+    def _in_line(
+        self, store: BaseBackend, slots: Sequence[Slot], most: Sequence[int | None]
+    ) -> QueueReply | StoreFailed:
+        """What a store says to one who stands at the end of each line that it has to."""
+        reply = self._reply(store, slots)
+        if not isinstance(reply, Full):
+            return reply
+        lines = [self._lines[slot.policy] for slot in slots]
+        rooms = [
+            None if room is None else room - waiting
+            for room, waiting, full in zip(most, lines, reply.full, strict=True)
+            if full
+        ]
+        if None in rooms:
+            return reply
+        if any(room is not None and room <= 0 for room in rooms):
+            return LineFull(reply.full, reply.in_flight)
+        ahead = max(waiting for waiting, full in zip(lines, reply.full, strict=True) if full)
+        return Queued(reply.full, reply.in_flight, ahead, 0.0)
+
+    def _its_turn(self, slots: Sequence[Slot], reply: Queued, waits: Mapping[str, float]) -> Taken:
+        """Remember that it stands in line, and go on as if it had come forward: what is asked further in is asked then."""
+        full = [slot for slot, is_full in zip(slots, reply.full, strict=True) if is_full]
+        self._places.update({slot.policy: self._lines[slot.policy] + 1 for slot in full})
+        self.waits += min(waits[slot.policy] for slot in full)
+        self.notes.append(self._note_on_waiting())
+        held = tuple(
+            slot.block or (count + slot.cost <= slot.limit and not self._lines[slot.policy])
+            for slot, count in zip(slots, reply.in_flight, strict=True)
+        )
+        return Taken(held, reply.in_flight)
+
+    def _note_on_waiting(self) -> str:
+        threads = self.config.max_sync_waiters
+        if not threads:
+            return "MAX_SYNC_WAITERS is 0: it waits on an event loop only; a thread rejects it at once (queue_full)"
+        return (
+            f"a process in which {threads} threads wait already (MAX_SYNC_WAITERS) rejects it at once (queue_full), and so "
+            "does a server of a single thread (full)"
+        )
+
+
+def _lengths(store: BaseBackend, slots: Sequence[Slot]) -> tuple[int, ...]:
+    """How many wait for each slot's semaphore. Who waits is known by what the store keeps of names and keys."""
+    waiters = store.waiters()
+    return tuple(
+        sum(is_kept_of(one.policy, slot.policy) and is_kept_of(one.key, slot.key.text) for one in waiters)
+        for slot in slots
+    )
 
 
 def _semaphore(entry: Asked) -> tuple[str, bytes]:

@@ -141,9 +141,9 @@ def _contradictions(values: Mapping[str, Any], given: Collection[str]) -> Iterat
     """What cannot stand beside `block: false`, where one of the two was given here; at the one to remove."""
     if values.get("block") is not False:
         return
-    for name, refused in NOT_IN_SHADOW.items():
+    for name, contradiction in NOT_IN_SHADOW.items():
         at = next((field for field in (name, "block") if field in given), None)
-        if at is not None and refused(values.get(name)):
+        if at is not None and contradiction.refused(values.get(name)):
             yield Finding(
                 (at,),
                 f"block: false never rejects, which contradicts {name}: {_plain(values[name])}; "
@@ -287,7 +287,7 @@ def check_duration(value: object) -> float:
     if isinstance(value, float) and not math.isfinite(value):
         raise FieldError(f"expected a finite number of seconds, got {shown(value)}")
     if value < 0:
-        raise FieldError(f"expected seconds > 0, got {shown(value)}")
+        raise FieldError(f"expected no negative number of seconds, got {shown(value)}")
     if value > LONGEST:
         raise FieldError(f"expected at most ten years ({LONGEST} seconds), got {shown(value)}")
     return float(value)
@@ -591,11 +591,17 @@ _ROWS = (
     Field(
         "wait",
         check_duration,
-        "Seconds to wait for a slot before rejecting.",
+        'Seconds, or text such as `"500ms"`, that a request waits in line for a slot before it is rejected; 0: not at all.',
         {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST}, _DURATION_TEXT]},
         default=0.0,
     ),
-    Field("max_waiting", _max_waiting, "How many may wait for one key.", _COUNT, default=100),
+    Field(
+        "max_waiting",
+        _max_waiting,
+        "How many may stand in line for one key; one more is rejected at once.",
+        _COUNT,
+        default=100,
+    ),
     Field(
         "block",
         _boolean,
@@ -642,11 +648,20 @@ DECORATOR_FIELDS: Mapping[str, Field] = {
 
 _EXAMPLES = {"key": "such as key: user", "max_concurrent": "such as max_concurrent: 5"}
 
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Which values of a field, as they are normalised, another one forbids; and those of a file, as JSON Schema."""
+
+    refused: Callable[[Any], bool]
+    schema: Mapping[str, Any]
+
+
 #: What cannot stand beside `block: false`, by field.
-NOT_IN_SHADOW: Mapping[str, Callable[[Any], bool]] = {
-    "wait": bool,
-    "missing": lambda value: value == "reject",
-    "on_backend_error": lambda value: value == "deny",
+NOT_IN_SHADOW: Mapping[str, Contradiction] = {
+    "wait": Contradiction(bool, {"not": {"anyOf": [{"const": 0}, {"type": "string", "not": {"pattern": "[1-9]"}}]}}),
+    "missing": Contradiction(lambda value: value == "reject", {"const": "reject"}),
+    "on_backend_error": Contradiction(lambda value: value == "deny", {"const": "deny"}),
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from .backends import BaseBackend
-from .backends.base import Holder
+from .backends.base import Holder, Waiter
 from .exceptions import BackendError
 from .held import RENEW_AFTER
 from .keys import limits_of, make_key, masked, written
@@ -44,7 +45,8 @@ class Use:
     """What is held of one policy: in all, how much of each key, on the busiest one, and which keys have no room.
 
     `limit` is None where it is never full, text where a callable says it. `peak` is the most on one key since the last reset,
-    None where no take has been noted yet. Counts are sums of costs; `in_flight` is None where the store could not be asked.
+    None where no take has been noted yet. `waiting` is how many stand in its lines. Counts are sums of costs; `in_flight` and
+    `waiting` are None where the store could not be asked.
     """
 
     policy: Policy
@@ -53,6 +55,7 @@ class Use:
     by_key: Mapping[str, int]
     peak: int | None
     full: tuple[str, ...]
+    waiting: int | None = None
 
     @property
     def busiest(self) -> int:
@@ -66,6 +69,11 @@ def rows(store: BaseBackend, leases: Mapping[str, float | None]) -> list[Row]:
     return [_row(store.config.alias, holder, leases.get(holder.policy)) for holder in store.snapshot()]
 
 
+def line(store: BaseBackend) -> list[tuple[str, Waiter]]:
+    """Who waits in a store, beside its alias, each line in its order. Raises: BackendError."""
+    return [(store.config.alias, waiter) for waiter in store.waiters()]
+
+
 def _row(alias: str, holder: Holder, lease: float | None) -> Row:
     ttl = lease if holder.ttl is None else holder.ttl
     if ttl is None:
@@ -75,8 +83,8 @@ def _row(alias: str, holder: Holder, lease: float | None) -> Row:
     return Row(alias, holder, holder.age > ttl and not late, late)
 
 
-def is_key(text: str, holder: Holder, policy: Policy | None) -> bool:
-    """Is this the holder's key, written as `per_key` has it, or masked? Stores cut long texts: those are told by their
+def is_key(text: str, holder: Holder | Waiter, policy: Policy | None) -> bool:
+    """Is this their key, written as `per_key` has it, or masked? Stores cut long texts: those are told by their
     beginning."""
     if text == masked(holder.key):
         return True
@@ -90,14 +98,15 @@ def uses(
     policies: Iterable[Policy], store_of: Callable[[Policy], BaseBackend]
 ) -> tuple[list[Use], dict[str, Exception]]:
     """What is held of each policy now, and why a store could not be asked, by its alias; each store is asked once."""
-    seen: dict[int, tuple[dict[str, dict[str, int]], Mapping[str, int]] | None] = {}
+    seen: dict[int, tuple[dict[str, dict[str, int]], Mapping[str, int], Counter[str]] | None] = {}
     failed: dict[str, Exception] = {}
     found = []
     for policy in policies:
         store = store_of(policy)
         if id(store) not in seen:
             try:
-                seen[id(store)] = (_by_policy(store.snapshot()), store.peaks())
+                waiting = Counter(waiter.policy for waiter in store.waiters())
+                seen[id(store)] = (_by_policy(store.snapshot()), store.peaks(), waiting)
             except (BackendError, NotImplementedError) as error:
                 seen[id(store)] = None
                 failed[store.config.alias] = error
@@ -105,8 +114,9 @@ def uses(
         if known is None:
             found.append(Use(policy, _told(policy), None, {}, None, ()))
             continue
-        held, peaks = known
-        found.append(_use(policy, held.get(policy.name, {}), peaks.get(store.peak_name(policy.name))))
+        held, peaks, waiting = known
+        peak = peaks.get(store.peak_name(policy.name))
+        found.append(_use(policy, held.get(policy.name, {}), peak, waiting[policy.name]))
     return found, failed
 
 
@@ -124,14 +134,14 @@ def _told(policy: Policy) -> int | str | None:
     return limit if limit is None or isinstance(limit, int) else named(limit)
 
 
-def _use(policy: Policy, by_key: Mapping[str, int], peak: int | None) -> Use:
+def _use(policy: Policy, by_key: Mapping[str, int], peak: int | None, waiting: int) -> Use:
     full = tuple(sorted(key for key, count in by_key.items() if _is_full(policy, key, count)))
     in_flight = sum(by_key.values())
     if peak is not None:  # what is held now has not been noted yet, perhaps
         peak = max(peak, *by_key.values(), 0)
     elif by_key:
         peak = max(by_key.values())
-    return Use(policy, _told(policy), in_flight, by_key, peak, full)
+    return Use(policy, _told(policy), in_flight, by_key, peak, full, waiting)
 
 
 def _is_full(policy: Policy, key: str, count: int) -> bool:

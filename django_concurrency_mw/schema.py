@@ -15,10 +15,11 @@ from .fields import FIELDS, NOT_IN_SHADOW, POLICY_NAME, Field
 #: Newer drafts are not read by every editor.
 DRAFT = "http://json-schema.org/draft-07/schema#"
 Schema = dict[str, Any]
+_SHADOW: Schema = {"const": False}
 
 
 def policy_file() -> Schema:
-    """The whole of it. Fields that are not carried out yet are not in it, and so are refused as unknown ones are."""
+    """The whole of it."""
     fields = {name: _field(row) for name, row in FIELDS.items()}
     required = [name for name, row in FIELDS.items() if row.required]
     return {
@@ -45,7 +46,10 @@ def policy_file() -> Schema:
                 "type": "object",
                 "properties": fields,
                 "additionalProperties": False,
-                "allOf": [_never_beside("block", [False], name, values) for name, values in _not_in_shadow().items()],
+                "allOf": [
+                    {"if": _given("block", _SHADOW), "then": {"not": _given(name, row.schema)}}
+                    for name, row in NOT_IN_SHADOW.items()
+                ],
             }
         },
     }
@@ -63,10 +67,10 @@ def _field(row: Field) -> Schema:
     return schema
 
 
-def _given(name: str, values: list[Any] | None = None) -> Schema:
-    """A mapping that has this field, and with one of these values."""
+def _given(name: str, value: Mapping[str, Any] | None = None) -> Schema:
+    """A mapping that has this field, and with such a value."""
     having: Schema = {"required": [name]}
-    return having if values is None else {**having, "properties": {name: {"enum": values}}}
+    return having if value is None else {**having, "properties": {name: value}}
 
 
 def _by_default(condition: Schema) -> Schema:
@@ -82,27 +86,17 @@ def _needed(name: str) -> Schema:
     return {"if": {"not": _by_default(_given(name))}, "then": _each_policy(_given(name))}
 
 
-def _not_in_shadow() -> Mapping[str, list[Any]]:
-    """Field -> the values that contradict `block: false`."""
-    return {
-        name: [value for value in FIELDS[name].schema["enum"] if refused(value)]
-        for name, refused in NOT_IN_SHADOW.items()
-        if name != "wait"
-    }
-
-
-def _never_beside(name: str, values: list[Any], other: str, refused: list[Any]) -> Schema:
-    return {"if": _given(name, values), "then": {"not": _given(other, refused)}}
-
-
 def _shadow_by_default() -> list[Schema]:
-    """The same contradictions between the defaults and a policy that does not say otherwise."""
+    """The contradictions to the shadow mode, between the defaults and a policy that does not say otherwise."""
     found: list[Schema] = []
-    for name, refused in _not_in_shadow().items():
-        for field, values, other, others in (("block", [False], name, refused), (name, refused, "block", [False])):
+    for name, row in NOT_IN_SHADOW.items():
+        for field, value, other, refused in (
+            ("block", _SHADOW, name, row.schema),
+            (name, row.schema, "block", _SHADOW),
+        ):
             # Who gives `other` so, without giving `field` itself, inherits what contradicts it.
-            policy = {"if": {"not": _given(field)}, "then": {"not": _given(other, others)}}
-            found.append({"if": _by_default(_given(field, values)), "then": _each_policy(policy)})
+            policy = {"if": {"not": _given(field)}, "then": {"not": _given(other, refused)}}
+            found.append({"if": _by_default(_given(field, value)), "then": _each_policy(policy)})
     return found
 
 

@@ -16,10 +16,12 @@ from django.core.exceptions import ImproperlyConfigured
 
 from . import conf, decorators
 from .backends import BaseBackend, Holder
+from .backends.base import Restore, Waiter
 from .blocks import Block
-from .effects import Steps, Take
+from .effects import Ask, Steps, Take
 from .exceptions import BackendError, did_you_mean, shown
 from .held import Held, by_store
+from .kept import is_kept_of
 from .keys import make_key, written
 from .lease import Lease
 from .limiter import store_of
@@ -38,8 +40,6 @@ AT_ONCE = 100
 LOOK_EVERY = 0.01
 #: Seconds that the end of `hold_slots` waits for its releases to be carried out.
 GIVEN_WITHIN = 1.0
-#: Bytes of a name or a key that every store keeps; longer ones may be cut.
-KEPT_BY_ALL = 60
 
 
 def hold_slots(policy: str, key: str | None = None, n: int = 1) -> HeldSlots:
@@ -125,24 +125,35 @@ class HeldSlots(Block[None]):
         if isinstance(reply, StoreFailed):
             failed(lease, slots, reply)
             raise BackendError(f"hold_slots: backend {store.config.alias} fails: {reply.error}") from reply.error
-        lease.confirm(slots, slots if isinstance(reply, Taken) else ())
-        if not isinstance(reply, Taken):
-            raise BackendError(f"hold_slots: backend {store.config.alias} is full, though no limit was asked for")
+        got = slots if isinstance(reply, Taken) else (yield from _past_the_line(store, slots))
+        lease.confirm(slots, got)
+        if len(got) < number:
+            raise BackendError(
+                f"hold_slots: backend {store.config.alias} is full, though no limit was asked for: requests wait in line there"
+            )
+
+
+def _past_the_line(store: BaseBackend, slots: tuple[Slot, ...]) -> Steps[tuple[Slot, ...]]:
+    """No take overtakes those who wait; a holder that is counted again asks neither the limit nor the line. Returns who is."""
+    holders = [Restore(slot, slot.ttl, float("inf")) for slot in slots]
+    counted = yield from Ask[Sequence[bool]](store.restore, (holders,))
+    return tuple(slot for slot, is_counted in zip(slots, counted, strict=True) if is_counted)
 
 
 def assert_no_slots_held(policy: str | None = None, key: str | None = None, *, timeout: float = 1.0) -> None:
-    """Assert that nobody holds a slot, in any store that the settings in force use; or none of this policy, of this key.
+    """Assert that nobody holds a slot or waits for one, in any store that the settings in force use; or none of this policy,
+    of this key.
 
     Waits up to `timeout` seconds for what is just being given back. A store that others share (Redis, `host`) is asked for
     all holders under its KEY_PREFIX, those of other processes included. `key` is as in `hold_slots`.
 
-    Raises: AssertionError, a line for each holder with its policy, key, age and path; ImproperlyConfigured for an unknown
-    policy (a name with a dot may be a view's); BackendError where a store cannot be asked; NotImplementedError where one
-    cannot list its holders. Blocks: on an event loop use `aassert_no_slots_held`.
+    Raises: AssertionError, a line for each holder and waiter with its policy, key, age and path; ImproperlyConfigured for an
+    unknown policy (a name with a dot may be a view's); BackendError where a store cannot be asked; NotImplementedError where
+    one cannot list its holders. Blocks: on an event loop use `aassert_no_slots_held`.
     """
     look = _Look(policy, key)
     end = monotonic() + timeout
-    while (found := look.holders()) and monotonic() < end:
+    while (found := look.found()) and monotonic() < end:
         sleep(LOOK_EVERY)
     look.refuse(found)
 
@@ -151,13 +162,13 @@ async def aassert_no_slots_held(policy: str | None = None, key: str | None = Non
     """`assert_no_slots_held` on an event loop, which goes on meanwhile, and with it whatever gives slots back there."""
     look = _Look(policy, key)
     end = monotonic() + timeout
-    while (found := await sync_to_async(look.holders, thread_sensitive=False)()) and monotonic() < end:
+    while (found := await sync_to_async(look.found, thread_sensitive=False)()) and monotonic() < end:
         await asyncio.sleep(LOOK_EVERY)
     look.refuse(found)
 
 
 class _Look:
-    """What is asked about: the stores in use, and which of their holders count."""
+    """What is asked about: the stores in use, and which of their holders and waiters count."""
 
     def __init__(self, policy: str | None, key: str | None) -> None:
         config = conf.current()
@@ -170,31 +181,39 @@ class _Look:
             self._keys = {key} | {each.text for one in known for each in written(one, key)}
         self._stores = _stores(config)
 
-    def holders(self) -> list[tuple[BaseBackend, Holder]]:
-        return [(store, holder) for store in self._stores for holder in store.snapshot() if self._is_meant(holder)]
+    def found(self) -> list[tuple[BaseBackend, Holder | Waiter]]:
+        # Waiters first: one whose turn comes in between is seen twice, and not never.
+        waiters: list[tuple[BaseBackend, Holder | Waiter]] = [
+            (store, waiter) for store in self._stores for waiter in store.waiters()
+        ]
+        holders = [(store, holder) for store in self._stores for holder in store.snapshot()]
+        return [(store, one) for store, one in [*holders, *waiters] if self._is_meant(one)]
 
-    def refuse(self, found: Sequence[tuple[BaseBackend, Holder]]) -> None:
+    def refuse(self, found: Sequence[tuple[BaseBackend, Holder | Waiter]]) -> None:
         """Raises: AssertionError where there are any."""
         if found:
             lines = [
-                f"policy {holder.policy}, key {holder.key!r}, for {holder.age:.1f} s, path {holder.path!r} "
+                f"policy {one.policy}, key {one.key!r}, {_stands(one)}for {one.age:.1f} s, path {one.path!r} "
                 f"(backend {store.config.alias})"
-                for store, holder in found
+                for store, one in found
             ]
-            number = "1 slot is" if len(lines) == 1 else f"{len(lines)} slots are"
-            raise AssertionError("\n  ".join([f"{number} held:", *lines]))
+            held = sum(isinstance(one, Holder) for _, one in found)
+            said = []
+            if held:
+                said.append("1 slot is held" if held == 1 else f"{held} slots are held")
+            if len(lines) > held:
+                waiting = len(lines) - held
+                said.append("1 place in a line is taken" if waiting == 1 else f"{waiting} places in lines are taken")
+            raise AssertionError("\n  ".join([f"{' and '.join(said)}:", *lines]))
 
-    def _is_meant(self, holder: Holder) -> bool:
-        if self._policy is not None and not _says(holder.policy, self._policy):
+    def _is_meant(self, holder: Holder | Waiter) -> bool:
+        if self._policy is not None and not is_kept_of(holder.policy, self._policy):
             return False
-        return self._keys is None or any(_says(holder.key, key) for key in self._keys)
+        return self._keys is None or any(is_kept_of(holder.key, key) for key in self._keys)
 
 
-def _says(shown: str, text: str) -> bool:
-    """Is `shown` what a store keeps of this text: a part of it where it is long, in one line?"""
-    return shown == text or (
-        len(shown.encode()) >= KEPT_BY_ALL and text.replace("\n", " ").startswith(shown.replace("\n", " "))
-    )
+def _stands(one: Holder | Waiter) -> str:
+    return f"waits at place {one.place} " if isinstance(one, Waiter) else ""
 
 
 def _policies(name: str, config: conf.Config) -> list[Policy]:

@@ -79,7 +79,8 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Burst:
-    """AT_ONCE requests at one view, shared out among its cohorts. `status` is what a rejection answers."""
+    """AT_ONCE requests at one view, shared out among its cohorts. Each takes so many `seconds` there. `status` is what a
+    rejection answers. `waits`: who comes on top waits in line, and all are let in."""
 
     kind: str
     path: str
@@ -90,6 +91,8 @@ class Burst:
     method: str = "GET"
     shadow: bool = False
     status: int = 429
+    waits: bool = False
+    seconds: float = HOLD
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,12 @@ class Outcome:
         return [answer for answer in self.answers if answer.status == self.burst.status]
 
     @property
+    def longest_wait(self) -> float:
+        """Seconds that one of them stood in line, as the view was told."""
+        told = [value for answer in self.answers for name, value in answer.headers if name.lower() == "server-timing"]
+        return max((float(value.partition("dur=")[2]) / 1000 for value in told), default=0.0)
+
+    @property
     def admitted(self) -> int:
         return sum(reading.admitted for reading in self.readings)
 
@@ -135,6 +144,10 @@ class Outcome:
                 yield f"{reading.inside} requests never left the view: {cohort.gauge}"
         if burst.shadow and self.rejected:
             yield f"{burst.policy} is a shadow, yet {len(self.rejected)} were rejected"
+        if burst.waits and self.rejected:
+            yield f"{len(self.rejected)} were rejected by {burst.policy}, where they may wait"
+        if burst.waits and not self.longest_wait:
+            yield f"nobody waited for {burst.policy}, although more were sent than it lets in at once"
         odd = [answer for answer in self.answers if answer.status not in (200, burst.status)]
         if odd:
             yield f"{len(odd)} unexpected answers under {burst.policy}, such as {odd[0].status} {odd[0].reason}"
@@ -155,7 +168,11 @@ def table_burst(kind: str, path: str, policy: str, per: str, cohorts: tuple[Coho
     if found is None:
         raise DemoError(f"policies.example.yaml has no policy {policy!r}, which the demo sends requests at")
     assert isinstance(found.max_concurrent, int)
-    return Burst(kind, path, policy, per, found.max_concurrent, cohorts, method, not found.block, found.status)
+    waits = found.wait > 0
+    seconds = HOLD / 2 if waits else HOLD
+    return Burst(
+        kind, path, policy, per, found.max_concurrent, cohorts, method, not found.block, found.status, waits, seconds
+    )
 
 
 def bursts(
@@ -183,11 +200,12 @@ def bursts(
     api = table_burst("DRF, token", "/api/orders/", "api-users", "user", each("orders", programs))
     decorated = Burst("decorator", "/dashboard/", "dashboard", "all", cap, dashboard)
     named = table_burst("policy=", "/rebuild/", "heavy-jobs", "all", (Cohort("rebuild", anybody),), "POST")
+    line = table_burst("in line", "/labels/", "labels", "user", each("labels"))
     shadow = table_burst("shadow", "/search/", "site-shadow", "address", (Cohort("search"),))
     return (
-        [sync_page, async_job, class_view, sync_stream, api, decorated, named, shadow],
-        [sync_page, async_job, class_view, async_stream, api, decorated, named, shadow],
-        [sync_page, async_job, class_view, sync_stream, async_stream, api, decorated, named, shadow],
+        [sync_page, async_job, class_view, sync_stream, api, decorated, named, shadow, line],
+        [sync_page, async_job, class_view, async_stream, api, decorated, named, shadow, line],
+        [sync_page, async_job, class_view, sync_stream, async_stream, api, decorated, named, shadow, line],
     )
 
 
@@ -420,7 +438,7 @@ def send(servers: Sequence[Server], burst: Burst) -> Outcome:
     answers: list[Answer] = []
 
     def client(cohort: Cohort, server: Server) -> None:
-        path = f"{burst.path}?seconds={HOLD}"
+        path = f"{burst.path}?seconds={burst.seconds}"
         answers.append(ask(server.port, burst.method, path, cohort.headers, together))
 
     threads = [threading.Thread(target=client, args=sender, daemon=True) for sender in senders]
@@ -464,6 +482,18 @@ def add(table: Table, outcome: Outcome, tick: str, cross: str) -> None:
         ", ".join(str(reading.most) for reading in outcome.readings),
         str(outcome.left),
         f"[bold red]{cross}[/]" if any(outcome.faults()) else f"[green]{tick}[/]",
+    )
+
+
+def say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line)
+
+
+def told_of_the_line(outcome: Outcome) -> str:
+    burst, seconds = outcome.burst, f"{outcome.longest_wait:.2f} s"
+    return (
+        f"{burst.policy}: {burst.cap} at a time for each {burst.per}, the others waited in line, {seconds} at most.\n"
     )
 
 
@@ -557,11 +587,15 @@ def run(console: Console, directory: Path, both: bool) -> list[str]:
                 stack.enter_context(serving(name, title, processes, directory, gauge_file))
                 for name, title in section.servers.items()
             ]
+            lines: list[str] = []
+            stack.callback(say, console, lines)
             stack.enter_context(growing(table, console))
             odd = False
             for burst in section.sends:
                 outcome = send(servers, burst)
                 add(table, outcome, *marks)
+                if burst.waits:
+                    lines.append(told_of_the_line(outcome))
                 faults += [f"{label}: {fault}" for fault in outcome.faults()]
                 odd = odd or any(answer.status not in (200, burst.status) for answer in outcome.answers)
                 if example is None and outcome.rejected:

@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from django_concurrency_mw.keys import masked
 from django_concurrency_mw.testing import hold_slots
 
 from .conftest import Run
+from .queued import PATH, WAITING, standing
 from .redis_server import RedisServer
 from .servers import ROOT
 from .support import OURS, Limits, backend_entry, named, wait_until
@@ -395,6 +398,124 @@ class TestHolders:
             assert wait_until(lambda: marks().get("kept") == (True, False), 10)
             assert wait_until(lambda: marks().get("ending") == (False, True), 10)
             assert marks()["short"] == (False, False)
+
+
+@pytest.fixture(params=WAITING)
+def lining(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    """An entry of BACKENDS for a store that lets wait."""
+    return backend_entry(request.param, request, prefix, tmp_path)
+
+
+class TestLines:
+    @pytest.fixture(autouse=True)
+    def line(self, limits: Limits, lining: dict[str, Any]) -> Any:
+        """User 7 holds the only slot of `a`, and two wait for it; one waits for `b`."""
+        limits(
+            table(
+                a={"url_names": ["told"], "key": "user", "max_concurrent": 1, "wait": 2, "max_waiting": 3},
+                b={"max_concurrent": 1, "wait": "500ms"},
+                c={},
+            ),
+            middleware=[OURS],
+            BACKENDS={"default": lining},
+        )
+        store = get_backend("default", conf.current().backends)
+        store.note({})  # which its keeper would do a little later: who this process is
+        with (
+            hold_slots("a", "user:7"),
+            standing(store, "a", "user:7", 2),
+            hold_slots("b"),
+            standing(store, "b", "global"),
+        ):
+            yield
+
+    def test_who_waits_is_shown_with_place_and_time_and_a_masked_key(self) -> None:
+        code, found = document("holders")
+        assert code == 0
+        told = [(one["policy"], one["key"], one["place"], one["path"]) for one in found["waiting"]]
+        mine = masked("user:7")
+        assert told == [("a", mine, 1, PATH), ("a", mine, 2, PATH), ("b", masked("global"), 1, PATH)]
+        assert all(
+            0 <= one["age"] < 30 and one["pid"] == os.getpid() and one["backend"] == "default"
+            for one in found["waiting"]
+        )
+        assert len({one["token"] for one in found["waiting"]}) == 3
+        assert {one["token"] for one in found["waiting"]}.isdisjoint(one["token"] for one in found["holders"])
+        text = command("holders")[1]
+        assert "3 wait in line" in text
+        assert re.search(
+            rf"^ *a +{re.escape(mine)} +2 +[0-9.]+ s +1 +\S+ +{os.getpid()} +{PATH} ", text, re.MULTILINE
+        ), text
+        assert "user:7" not in text
+        assert re.search(r"^ *a +user:7 +1 +", command("holders", "--show-keys")[1], re.MULTILINE)
+
+    def test_the_filters_are_for_them_too(self) -> None:
+        assert [one["policy"] for one in document("holders", "--policy", "b")[1]["waiting"]] == ["b"]
+        assert [one["place"] for one in document("holders", "--key", "user:7")[1]["waiting"]] == [1, 2]
+        assert document("holders", "--key", "user:8")[0] == 1
+        assert document("holders", "--older-than", "1h")[1]["waiting"] == []
+
+    @pytest.mark.parametrize("terminal", [False, True], ids=["a pipe", "a terminal"])
+    def test_the_watch_shows_them(self, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+        def interrupted(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        clock = SimpleNamespace(sleep=interrupted, strftime=time.strftime)
+        monkeypatch.setattr("django_concurrency_mw.console.holders.time", clock)
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal  # type: ignore[method-assign]
+        call_command("concurrency", "holders", "--watch", stdout=stream)
+        text = stream.getvalue()
+        assert "2 holders at" in text
+        assert text.index("2 holders at") < text.index("3 wait in line")
+        assert text.count(PATH) == (6 if terminal else 3), "at the end it is drawn once more"
+        assert ("\x1b[" in text) == terminal
+
+    def test_one_who_waits_is_not_evicted(self, lining: dict[str, Any]) -> None:
+        """Not by `--evict`: the line goes on as it stands."""
+        token = document("holders")[1]["waiting"][0]["token"]
+        if lining["BACKEND"] == "memory":  # where nobody is evicted at all
+            with pytest.raises(CommandError, match="counts in each process"):
+                command("holders", "--evict", token, "--yes")
+        else:
+            code, text = command("holders", "--evict", token, "--yes")
+            assert (code, f"{token} waits and holds no slot yet" in text) == (1, True)
+        assert len(document("holders")[1]["waiting"]) == 3
+
+    def test_a_policy_says_how_long_it_lets_wait_and_how_many_do(self) -> None:
+        told = {
+            one["policy"]: (one["wait"], one["max_waiting"], one["waiting"])
+            for one in document("policies")[1]["policies"]
+        }
+        assert told == {"a": (2.0, 3, 2), "b": (0.5, 100, 1), "c": (0.0, 100, 0)}
+        text = command("policies")[1]
+        assert re.search(r"^ *a .* 2 s +2 of 3/key ", text, re.MULTILINE), text
+        assert re.search(r"^ *c .* - +- ", text, re.MULTILINE), text
+
+    @pytest.mark.django_db
+    def test_explain_says_at_which_place_and_for_how_long(self, limits: Limits) -> None:
+        user = User.objects.create(pk=7, username="ada")
+        code, text = command("explain", "/told/", "--user", str(user.pk))
+        assert code == 0
+        assert re.search(r"^ *a +middleware +user:7 +1 +1 +2 +1 +waits, place 3 ", text, re.MULTILINE), text
+        assert "Now: it would wait in line (a, place 3) for at most 2 s, and be let in when it is its turn." in text
+        assert "4 threads wait already (MAX_SYNC_WAITERS)" in text
+        found = document("explain", "/told/", "--user", "7")[1]
+        assert (found["admitted"], found["waits"], found["rejection"]) == (True, 2.0, None)
+        told = [(one["waiting"], one["place_in_line"]) for one in found["policies"] if one["applies"]]
+        assert told == [(2, 3)]
+        with standing(get_backend("default", conf.current().backends), "a", "user:7"):
+            code, text = command("explain", "/told/", "--user", "7")
+            assert (code, "Now: 429 queue_full (a), Retry-After by the pace of the line." in text) == (1, True), text
+            assert document("explain", "/told/", "--user", "7")[1]["rejection"]["retry_after"] == [1, 120]
+        code, found = document("explain", "/told/")
+        assert (code, found["waits"]) == (0, 0), "another key"
+
+    def test_explain_says_that_no_thread_waits(self, limits: Limits, lining: dict[str, Any]) -> None:
+        one = {"url_names": ["told"], "max_concurrent": 1, "wait": 2}
+        limits(table(b=one), middleware=[OURS], BACKENDS={"default": lining}, MAX_SYNC_WAITERS=0)
+        code, text = command("explain", "/told/")
+        assert (code, "MAX_SYNC_WAITERS is 0: it waits on an event loop only" in text) == (0, True), text
 
 
 class TestEvict:

@@ -49,7 +49,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             "TRUSTED_PROXIES": ["10.0.0.0/8", "10.0.0.1/8", 5],
             "CLIENT_IP_HEADER": "HTTP_X_REAL_IP",
             "HEADERS": True,
-            "MAX_SYNC_WAITERS": 4,
+            "MAX_SYNC_WAITERS": "4",
             "RELOAD_INTERVAL": "2",
             "POLCIES": {},
         }
@@ -117,8 +117,10 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ),
         ("BACKENDS", {"default": {"BACKEND": "memory", "OPTIONS": []}}, "['default']['OPTIONS']", "got list"),
         ("POLICIES", 5, "", "expected a path or a dictionary, got int"),
-        ("MAX_SYNC_WAITERS", 4, "", "MAX_SYNC_WAITERS is not carried out by this version yet; remove it"),
-        ("MAX_SYNC_WAITERS", None, "", "MAX_SYNC_WAITERS is not carried out by this version yet; remove it"),
+        ("MAX_SYNC_WAITERS", -1, "", "expected an integer >= 0, got -1"),
+        ("MAX_SYNC_WAITERS", None, "", "expected an integer >= 0, got None"),
+        ("MAX_SYNC_WAITERS", True, "", "expected an integer >= 0, got True"),
+        ("MAX_SYNC_WAITERS", 4.0, "", "expected an integer >= 0, got 4.0"),
         ("RELOAD_INTERVAL", 0, "", "expected None or seconds from 0.05 to 86400, got 0"),
         ("RELOAD_INTERVAL", 0.049, "", "got 0.049"),
         ("RELOAD_INTERVAL", -1, "", "got -1"),
@@ -165,6 +167,7 @@ def test_the_defaults() -> None:
     assert (config.trusted.networks, config.trusted.unix) == ((), False)
     assert config.client_header == "HTTP_X_FORWARDED_FOR"
     assert config.headers == "rejected"
+    assert config.max_sync_waiters == 4
     assert config.reload_interval is None
     assert len(config.table) == 0
     assert (
@@ -181,6 +184,7 @@ def test_what_the_settings_say() -> None:
             "TRUSTED_PROXIES": ("10.0.0.0/8", "unix", "::1"),
             "CLIENT_IP_HEADER": "cf-connecting-ip",
             "HEADERS": "always",
+            "MAX_SYNC_WAITERS": 0,
         }
     )
     assert config.enabled is False
@@ -190,6 +194,7 @@ def test_what_the_settings_say() -> None:
     assert config.trusted.unix is True
     assert config.client_header == "HTTP_CF_CONNECTING_IP"
     assert config.headers == "always"
+    assert config.max_sync_waiters == 0
 
 
 @pytest.mark.parametrize("as_text", [True, False])

@@ -514,7 +514,8 @@ class TestUsage:
             ({"name": ""}, "name="),
             ({"name": "n", "policy": "p"}, "not both"),
             ({"policy": 5}, "name"),
-            ({"wait": 2}, "not carried out by this version"),
+            ({"wait": -1}, "expected no negative number of seconds"),
+            ({"wait": 2, "block": False}, "contradicts"),
             ({"missing": "reject", "block": False}, "contradicts"),
         ],
     )

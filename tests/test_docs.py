@@ -6,26 +6,38 @@ import asyncio
 import contextlib
 import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import AnonymousUser, User
+from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import RequestFactory, override_settings
+from django.urls import path
+from django.utils.decorators import async_only_middleware
 
-from django_concurrency_mw import concurrency_limit, conf, keys
+from django_concurrency_mw import concurrency_limit, conf, hold, keys, pace
+from django_concurrency_mw.backends import get_backend
+from django_concurrency_mw.backends.base import ASK_AGAIN, PLACE_FOR
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
 from django_concurrency_mw.backends.redis.errors import LISTENING, PERMISSIONS
 from django_concurrency_mw.drivers import run
+from django_concurrency_mw.fields import FIELDS
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import decide
 from django_concurrency_mw.loader import load_policies
+from django_concurrency_mw.signals import slot_acquired
+from django_concurrency_mw.steps import RETRY_AFTER
+from django_concurrency_mw.testing import hold_slots
 
+from .asgi_driver import Exchange
 from .conftest import Run
+from .queued import WAITING
 from .redis_server import RedisServer
-from .support import Limits, wait_until
+from .support import OURS, Limits, await_until, backend_entry, wait_until
 from .views import held
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -268,11 +280,16 @@ MIDDLEWARE = [
     "django_concurrency_mw.middleware.ConcurrencyLimitMiddleware",
 ]
 CONCURRENCY_LIMIT = {
-    "POLICIES": {"policies": {"report-exports": {"url_names": ["reports:*"], "key": "user", "max_concurrent": 5}}},
+    "POLICIES": {
+        "policies": {
+            "report-exports": {"url_names": ["reports:*"], "key": "user", "max_concurrent": 5},
+            "patient-exports": {"url_names": ["patient:*"], "key": "user", "max_concurrent": 5, "wait": 10},
+        }
+    },
     "BACKENDS": {"default": {"BACKEND": "memory"}},
 }
 reports = [path("export/", lambda request: HttpResponse(), name="export")]
-urlpatterns = [path("reports/", include((reports, "reports")))]
+urlpatterns = [path("reports/", include((reports, "reports"))), path("patient/", include((reports, "patient")))]
 """
 LEAVES_ONE = """
 
@@ -292,14 +309,14 @@ def user(db, django_user_model):
 def test_the_test_and_the_fixture_of_the_page_on_testing_work(tmp_path: Path, run_python: Run, root: Path) -> None:
     """Run as they are printed; a test that leaves a slot behind gets the message that is printed."""
     (tmp_path / "docs_settings.py").write_text(SITE)
-    snippets = [block("testing.md", "python", "with hold_slots"), block("testing.md", "python", "pytest.fixture")]
+    snippets = [block("testing.md", "python", text) for text in ("with hold_slots", "threading", "pytest.fixture")]
     (tmp_path / "test_page.py").write_text("\n".join([*snippets, LEAVES_ONE]))
     result = run_python(
         *("-m", "pytest", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path),
         cwd=tmp_path,
         env={"PYTHONPATH": f"{root}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "docs_settings"},
     )
-    assert "2 passed, 1 error" in result.stdout, result.stdout + result.stderr
+    assert "3 passed, 1 error" in result.stdout, result.stdout + result.stderr
     printed = block("testing.md", "text", "slot is held").splitlines()
     said = re.search(
         r"AssertionError: (1 slot is held:)\nE +(policy report-exports, key 'user:42', for) ", result.stdout
@@ -307,3 +324,137 @@ def test_the_test_and_the_fixture_of_the_page_on_testing_work(tmp_path: Path, ru
     assert said is not None, result.stdout
     assert printed[0] == said[1]
     assert printed[1].strip().startswith(said[2])
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------------
+
+
+class _User(AnonymousUser):
+    pk = 42
+    is_authenticated = True  # type: ignore[assignment]  # all that a key reads
+
+
+def _logged_in(get_response: Any) -> Any:
+    async def middleware(request: HttpRequest) -> Any:
+        request.user = _User()
+        return await get_response(request)
+
+    return middleware
+
+
+logged_in = async_only_middleware(_logged_in)
+
+
+@pytest.fixture(params=WAITING)
+def feed(request: pytest.FixtureRequest, prefix: str, tmp_path: Path, limits: Limits) -> Any:
+    """The recipe for an event stream, as it is printed, on each store that lets wait: its module, and the policy file."""
+    (tmp_path / "policies.yaml").write_text(block("waiting.md", "yaml", "live-feed"))
+    backend = backend_entry(request.param, request, prefix, tmp_path)
+    limits(tmp_path / "policies.yaml", middleware=[f"{__name__}.logged_in", OURS], BACKENDS={"default": backend})
+    module = ModuleType("feed_urls")
+    exec(block("waiting.md", "python", "HEARTBEAT"), vars(module))
+    module.urlpatterns = [path("feed/", module.feed, name="feed")]  # type: ignore[attr-defined]  # a URL configuration
+    with override_settings(ROOT_URLCONF=module):
+        yield module
+
+
+def test_an_event_stream_that_reconnects_waits_for_its_ghost_to_go(feed: Any) -> None:
+    """The second connection gets nothing until the first one's disconnect is noticed; then it streams."""
+    store = get_backend("default", conf.current().backends)
+
+    async def main() -> None:
+        app = ASGIHandler()
+        ghost = Exchange(app, "/feed/")
+        await ghost.until_sent(2)
+        assert (ghost.status, ghost.body) == (200, b": welcome\n\n")
+        again = Exchange(app, "/feed/")
+        assert await await_until(lambda: [waiter.place for waiter in store.waiters()] == [1])
+        assert again.events == []
+        assert len(feed.subscribers) == 1
+        ghost.leave()
+        await again.until_sent(2)
+        assert (again.status, again.body) == (200, b": welcome\n\n")
+        for orders in feed.subscribers:
+            orders.put_nowait("order 7")
+        await again.until_sent(3)
+        assert again.body.endswith(b"data: order 7\n\n")
+        again.leave()
+        await ghost.end()
+        await again.end()
+
+    asyncio.run(main())
+    assert wait_until(lambda: held() == [])
+    assert store.waiters() == []
+    assert feed.subscribers == set()
+
+
+def test_its_heartbeat_comes_more_often_than_its_wait_is_long(feed: Any) -> None:
+    (policy,) = conf.current().table
+    assert policy.wait / 2 >= feed.HEARTBEAT
+    feed.HEARTBEAT = 0.01
+
+    async def main() -> None:
+        exchange = Exchange(ASGIHandler(), "/feed/")
+        await exchange.until_sent(4)
+        assert exchange.body.startswith(b": welcome\n\n: still here\n\n: still here\n\n")
+        exchange.leave()
+        await exchange.end()
+
+    asyncio.run(main())
+
+
+def test_without_a_wait_it_is_turned_away_for_good(feed: Any, tmp_path: Path, limits: Limits) -> None:
+    """What the recipe is against."""
+    text = block("waiting.md", "yaml", "live-feed").replace("wait: 2", "wait: 0")
+    (tmp_path / "impatient.yaml").write_text(text)
+    limits(tmp_path / "impatient.yaml", middleware=[f"{__name__}.logged_in", OURS])
+
+    async def main() -> None:
+        app = ASGIHandler()
+        ghost = Exchange(app, "/feed/")
+        await ghost.until_sent(2)
+        again = Exchange(app, "/feed/")
+        await again.end()
+        assert again.status == 429
+        ghost.leave()
+        await ghost.end()
+
+    asyncio.run(main())
+
+
+def test_the_policy_and_the_receiver_of_the_page_on_waiting(tmp_path: Path, limits: Limits) -> None:
+    file = tmp_path / "policies.yaml"
+    file.write_text(block("waiting.md", "yaml", "report-exports"))
+    limits(file)
+    (policy,) = conf.current().table
+    assert (policy.wait, policy.max_waiting) == (2.0, 20)
+    names: dict[str, Any] = {}
+    exec(block("waiting.md", "python", "longest"), names)
+    store = get_backend("default", conf.current().backends)
+    both = hold_slots("report-exports", "user:2", 2)
+
+    def give_back_when_somebody_waits() -> None:
+        assert wait_until(lambda: len(store.waiters()) == 1)
+        both.__exit__(None, None, None)
+
+    giver = threading.Thread(target=give_back_when_somebody_waits)
+    try:
+        both.__enter__()
+        giver.start()
+        with hold("report-exports", key="user:2") as concurrency:
+            assert names["longest"] == {"report-exports": concurrency.waited}
+            assert concurrency.waited > 0
+        giver.join()
+    finally:
+        slot_acquired.disconnect(names["measure"])
+
+
+def test_the_page_on_waiting_tells_the_numbers_that_are_in_force() -> None:
+    page = (DOCS / "waiting.md").read_text()
+    assert f"up to {pace.LONGEST} seconds" in page
+    assert pace.SPREAD == 0.5, "spread upwards by up to a half"
+    assert f"Until a line has moved it is {RETRY_AFTER[0]} to {RETRY_AFTER[1]} seconds at random" in page
+    assert ASK_AGAIN == 1, "about every second when it is not"
+    assert PLACE_FOR == 5, "has not asked for five seconds"
+    assert f"{{field}}`max_waiting`, {FIELDS['max_waiting'].default} |" in page
+    assert f"{{setting}}`MAX_SYNC_WAITERS`, {conf.compile_settings({}).max_sync_waiters} |" in page

@@ -48,20 +48,17 @@ def test_every_field_has_its_place_and_the_page_is_what_the_table_makes() -> Non
     """After a change of the table of fields: `make schema`."""
     page = (DOCS / "policies.md").read_text()
     assert runpy.run_path(str(DOCS / "generate.py"))["written"](page) == page
-    later = {name for name, row in FIELDS.items() if row.later}
-    assert set(FIELDS) - later <= set(named("policies.md"))
-    assert all(f"`{name}`" in page for name in later)
+    assert set(FIELDS) <= set(named("policies.md"))
 
 
 def test_every_setting_has_its_place_and_its_default() -> None:
-    assert set(named("settings.md")) == set(conf._KNOWN) - {"MAX_SYNC_WAITERS"}
-    assert "`MAX_SYNC_WAITERS`" in (DOCS / "settings.md").read_text()
+    assert set(named("settings.md")) == set(conf._KNOWN)
     told = {
         name: ast.literal_eval(found[1])
         for name, text in named("settings.md").items()
         if (found := re.match(r"Default: `(.+?)`[\n,]", text))
     }
-    assert set(told) == set(conf._KNOWN) - {"MAX_SYNC_WAITERS", "POLICIES"}
+    assert set(told) == set(conf._KNOWN) - {"POLICIES"}
     if DEFAULT_BACKEND != "host":
         del told["BACKENDS"]
     for name, default in told.items():
@@ -73,7 +70,7 @@ def test_the_settings_that_are_printed_whole_are_the_defaults(tmp_path: Path) ->
     names: dict[str, Any] = {"BASE_DIR": tmp_path}
     exec(block("settings.md", "python", '"ENABLED"'), names)
     settings = names["CONCURRENCY_LIMIT"]
-    assert set(settings) == set(conf._KNOWN) - {"MAX_SYNC_WAITERS"}
+    assert set(settings) == set(conf._KNOWN)
     conf.compile_settings(settings)
     for name, value in settings.items():
         if name != "POLICIES" and (name != "BACKENDS" or DEFAULT_BACKEND == "host"):
@@ -143,7 +140,7 @@ def test_the_page_on_what_is_told_names_all_there_is() -> None:
     kinds = (Concurrency, PolicyResult, Rejection)
     names = {each.name for kind in kinds for each in fields(kind) if not each.name.startswith("_")}
     names |= {f"{name}()" for name, value in vars(Concurrency).items() if callable(value) and not name.startswith("_")}
-    names |= {*get_args(Reason), *get_args(State)} - {"queue_full", "wait_timeout"}
+    names |= {*get_args(Reason), *get_args(State)}
     names |= {name for name, value in vars(django_concurrency_mw).items() if _is_error(value)}
     assert len(names) >= 25
     assert {name for name in names if f"`{name}`" not in page} == set()

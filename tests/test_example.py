@@ -68,6 +68,7 @@ def test_the_demo_shows_every_cap_hold(demos: Callable[[str], Demo]) -> None:
         *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
         "dashboard",
         "3, 3",
+        "labels: 4 at a time for each user, the others waited in line, ",
         "HTTP/1.1 429 Too Many Requests",
         "Retry-After: ",
         "quota-exceeded",
@@ -87,6 +88,7 @@ def test_the_demo_shows_one_cap_hold_over_two_servers(demos: Callable[[str], Dem
         "gunicorn 2x32 and uvicorn x2, one Redis",
         *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
         "3, 3",
+        "labels: 4 at a time for each user, the others waited in line, ",
         "Every cap held.",
         "make demo-redis",
     ):
@@ -145,6 +147,7 @@ def test_the_demo_fails_when_nothing_is_limited(demos: Callable[[str], Demo]) ->
     done, _ = demos("unlimited")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "of user-reports was broken" in done.stdout
+    assert "nobody waited for labels" in done.stdout
     assert "Every cap held" not in done.stdout
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from django.test import Client, RequestFactory
 from django.urls import resolve
 from rest_framework.authtoken.models import Token
 
-from django_concurrency_mw import conf
+from django_concurrency_mw import concurrency_limit, conf, pace
+from django_concurrency_mw.backends import BaseBackend, get_backend
 from django_concurrency_mw.explaining import Explanation, Finding, explain
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.routes import routes
 from django_concurrency_mw.signals import slot_acquired
 from django_concurrency_mw.testing import hold_slots
 
-from .support import OURS, Limits, backend_entry, named, nothing_held
+from .queued import WAITING, standing
+from .support import OURS, Limits, backend_entry, named, nothing_held, wait_until
 from .test_matching import table
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -59,8 +62,7 @@ def served(path: str, method: str = "GET", user: str = "", ip: str = "203.0.113.
     """Status and body of the real request."""
     client = Client(raise_request_exception=True, headers={"X-User": user, **headers})
     response = client.generic(method, path, REMOTE_ADDR=ip)
-    body = b"".join(response)  # type: ignore[call-overload]  # both kinds of responses
-    response.close()
+    body = b"".join(response)  # type: ignore[call-overload]  # both kinds of responses; the client closes it
     return response.status_code, json.loads(body)
 
 
@@ -179,3 +181,163 @@ def test_every_form_of_a_decorated_view(limits: Limits, settings: Any, site: str
     assert {(True, 1)} <= seen
     assert compared >= 10
     assert nothing_held()
+
+
+# -- in line -----------------------------------------------------------------------------------------------------------
+
+#: A server of several threads.
+THREADED = {"wsgi.multithread": True}
+
+
+@pytest.fixture(params=WAITING)
+def lining(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    """An entry of BACKENDS for a store that lets wait."""
+    return backend_entry(request.param, request, prefix, tmp_path)
+
+
+def current_store() -> BaseBackend:
+    return get_backend("default", conf.current().backends)
+
+
+def stands_at(path: str, places: dict[str, int]) -> bool:
+    """Does the one request to that path wait, or come to wait, for these policies, at these places?"""
+    return wait_until(
+        lambda: {one.policy: one.place for one in current_store().waiters() if one.path == path} == places
+    )
+
+
+class Asking:
+    """A real request in a thread."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.answers = path, [(0, {})]
+        self.thread = threading.Thread(target=self._ask)
+        self.thread.start()
+
+    def _ask(self) -> None:
+        response = Client(raise_request_exception=True).get(self.path, REMOTE_ADDR="203.0.113.9", **THREADED)
+        self.answers.append((response.status_code, json.loads(response.content)))
+
+    def answer(self) -> tuple[int, Any]:
+        self.thread.join(20)
+        return self.answers[-1]
+
+
+def waiting_policy(chance: random.Random) -> dict[str, Any]:
+    wait = chance.choice([0, 5, 8])
+    return {
+        "url_names": ["told"],
+        "key": chance.choice(["global", "ip"]),
+        "max_concurrent": chance.choice([0, 1, 2, 2]),
+        "wait": wait,
+        "max_waiting": chance.choice([0, 1, 2, 100]),
+        **({"cost": 2} if chance.random() < 0.2 else {}),
+        **({"block": False} if not wait and chance.random() < 0.5 else {}),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_table_with_lines_and_what_a_real_request_does(
+    limits: Limits, lining: dict[str, Any], seed: int
+) -> None:
+    """Rejected at once, or in the same lines at the same places; and let in when its turn has come."""
+    chance = random.Random(seed)
+    for number in range(6):
+        policies = {f"p{number}-{each}": waiting_policy(chance) for each in range(chance.randint(1, 3))}
+        limits({"policies": policies}, middleware=[OURS], BACKENDS={"default": lining})
+        store = current_store()
+        with contextlib.ExitStack() as busy:
+            for finding in applied(explained("/told/")):
+                if finding.limit and chance.random() < 0.7:
+                    name, key = finding.policy.name, finding.key or ""
+                    busy.enter_context(hold_slots(name, key, finding.limit))
+                    if chance.random() < 0.7:
+                        more = chance.randint(1, 2)
+                        busy.enter_context(standing(store, name, key, more, limit=finding.limit))
+            found = explained("/told/")
+            asking = Asking("/told/")
+            places = {one.policy.name: one.place for one in applied(found) if one.place is not None}
+            LINES.add("waits" if places else "is let in" if found.rejection is None else found.rejection.reason)
+            assert (found.waits > 0) == bool(places)
+            if places:
+                assert stands_at("/told/", places)
+                assert asking.thread.is_alive()
+                assert found.waits == min(policies[name]["wait"] for name in places)
+            elif found.rejection is not None:
+                status, body = asking.answer()
+                assert (status, body["reason"]) == (429, found.rejection.reason)
+                assert tuple(body["violated-policies"]) == found.rejection.violated
+        if found.rejection is None:
+            assert asking.answer()[0] == 200
+        assert wait_until(nothing_held)
+        assert store.waiters() == []
+
+
+#: What came up in those.
+LINES: set[str] = set()
+
+
+def test_all_ends_came_up() -> None:
+    """The random tables with lines would prove nothing otherwise."""
+    assert {"waits", "is let in", "full", "queue_full", "cost_above_limit"} <= LINES
+
+
+def test_nobody_is_said_to_overtake_a_line(limits: Limits, lining: dict[str, Any]) -> None:
+    """One of three is free, and somebody waits for two: one who is not waited for is rejected, as the real one is."""
+    limits(
+        {
+            "policies": {
+                "three": {"url_names": ["told"], "key": "global", "max_concurrent": 3, "wait": 5},
+                "impatient": {"url_names": ["report-a"], "key": "global", "max_concurrent": 3},
+            }
+        },
+        middleware=[OURS],
+        BACKENDS={"default": lining},
+    )
+    store = current_store()
+    with hold_slots("three", n=2), standing(store, "three", "global", limit=3, cost=2):
+        (finding,) = applied(explained("/told/"))
+        assert (finding.in_flight, finding.waiting, finding.place) == (2, 1, 2)
+    with hold_slots("impatient", n=2), standing(store, "impatient", "global", limit=3, cost=2):
+        found = explained("/report-a/")
+        assert found.rejection is not None
+        assert served("/report-a/")[0] == found.rejection.status == 429
+    assert explained("/told/").waits == 0
+
+
+def test_it_never_stands_in_line_itself(
+    limits: Limits, lining: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the pace of the line, which tells the rejected when to come back, is not changed by it."""
+    limits(
+        {"policies": {"one": {"url_names": ["told"], "key": "global", "max_concurrent": 1, "wait": 5}}},
+        middleware=[OURS],
+        BACKENDS={"default": lining},
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(pace, "seen", lambda *sight: seen.append(sight))
+    with hold_slots("one"):
+        assert explained("/told/").waits == 5
+        assert current_store().waiters() == []
+    assert seen == []
+
+
+def test_what_is_taken_further_in_is_seen_as_it_would_be_then(limits: Limits, lining: dict[str, Any]) -> None:
+    """After the wait in the middleware the decorator is asked too, and waits or rejects on its own."""
+    limits(
+        {
+            "policies": {
+                "outer": {"url_names": ["*"], "key": "global", "max_concurrent": 1, "wait": 5, "overridable": False}
+            }
+        },
+        middleware=[OURS],
+        BACKENDS={"default": lining},
+    )
+    view = concurrency_limit(name="inner", key="global", max_concurrent=1, wait=2)(resolve("/told/").func)
+    request = RequestFactory().get("/told/")
+    request.resolver_match = resolve("/told/")
+    request.resolver_match.func = view
+    with hold_slots("outer"), hold_slots("inner"):
+        found = explain(request, conf.current())
+        assert [(one.policy.name, one.place) for one in applied(found)] == [("outer", 1), ("inner", 1)]
+        assert found.waits == 7

@@ -101,8 +101,8 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     ),
     "an empty value": (GOOD + "    ttl:\n", f"5:5: {FIELD}ttl: ", "got null"),
     "an unknown field": (GOOD + "    max_ages: 1\n", f"5:5: {FIELD}max_ages: ", "did you mean 'max_age'?"),
-    "a field of a later version": (GOOD + "    wait: 2\n", f"5:5: {FIELD}wait: ", "remove it"),
-    "a wrong value of a later version": (GOOD + "    cost: x\n", f"5:11: {FIELD}cost: ", "from 1 to 1000"),
+    "a wait that is no duration": (GOOD + "    wait: long\n", f"5:11: {FIELD}wait: ", "'90s'"),
+    "a cost that is no number": (GOOD + "    cost: x\n", f"5:11: {FIELD}cost: ", "from 1 to 1000"),
     "a key that no request has": (
         GOOD + "    per_key: {user:1: 2, '42': 9}\n",
         f"5:26: {FIELD}per_key.42: ",
@@ -116,6 +116,12 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         GOOD + "    block: false\n    missing: reject\n",
         f"6:14: {FIELD}missing: ",
         "remove missing, or write block: true",
+    ),
+    "a shadow that waits": (GOOD + "    block: false\n    wait: 2\n", f"6:11: {FIELD}wait: ", "remove wait, or write"),
+    "a shadow that waits by default": (
+        "defaults: {wait: 500ms}\n" + GOOD + "    block: false\n",
+        f"6:12: {FIELD}block: ",
+        "remove wait, or write block: true",
     ),
     "a shadow that denies by default": (
         "defaults: {on_backend_error: deny}\n" + GOOD + "    block: false\n",

@@ -1018,6 +1018,22 @@ def test_the_text_has_the_figures_a_bar_per_window_and_what_is_left_out(tmp_path
     assert "\x1b" not in text
 
 
+def test_that_some_would_have_waited_is_said(tmp_path: Path) -> None:
+    """A wait is not replayed: who comes on top counts as rejected."""
+    log = tmp_path / "access.log"
+    log.write_text(msec_log([Arrival(100 * number, 1000) for number in range(8)]))
+    texts = []
+    for wait in (0, 2):
+        out = io.StringIO()
+        table = {"told": {**told()["told"], "wait": wait}, "unmet": {**told()["told"], "max_concurrent": 9, "wait": 2}}
+        with override_settings(CONCURRENCY_LIMIT={"POLICIES": {"policies": table}}):
+            call_command("concurrency", "simulate", str(log), stdout=out)
+        texts.append(out.getvalue())
+    assert all("5 of 8 requests with a policy would have been rejected" in text for text in texts)
+    assert "Waiting" not in texts[0]
+    assert "some would have been let in after a wait in line (told)" in texts[1]
+
+
 def test_a_file_of_policies_is_tried_in_the_sites_place(simulate: Simulate, tmp_path: Path) -> None:
     tried = tmp_path / "new.yaml"
     tried.write_text("policies: {tried: {url_names: ['told*'], key: ip, max_concurrent: 1}}")

@@ -13,6 +13,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, RequestFactory, override_settings
@@ -23,8 +24,9 @@ from django_concurrency_mw.keys import digest_text
 from django_concurrency_mw.testing import aassert_no_slots_held, assert_no_slots_held, hold_slots
 
 from .conftest import Run
+from .queued import PATH, WAITING, standing
 from .redis_server import RedisServer
-from .support import OURS, Limits, run_async, wait_until
+from .support import OURS, Limits, await_until, backend_entry, run_async, wait_until
 from .views import Deliberate, switch
 
 Store = dict[str, Any]
@@ -388,6 +390,98 @@ def test_with_arguments_only_those_count(site: None) -> None:
 def test_a_key_of_which_the_store_keeps_a_part(site: None, text: str) -> None:
     with hold_slots("other", text), pytest.raises(AssertionError, match="1 slot is held"):
         assert_no_slots_held("other", text, timeout=0)
+
+
+# -- and the lines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WAITING)
+def lines(request: pytest.FixtureRequest, limits: Limits, prefix: str, tmp_path: Path) -> BaseBackend:
+    """A store that lets wait, under a policy that does."""
+    whole = {"url_names": ["plain", "aplain"], "key": "global", "max_concurrent": 1, "wait": 8}
+    backend = backend_entry(request.param, request, prefix, tmp_path)
+    limits(
+        table(whole=whole, other={"key": "user", "max_concurrent": 3}), middleware=[OURS], BACKENDS={"default": backend}
+    )
+    return current_store()
+
+
+def test_who_is_left_in_a_line_is_named(lines: BaseBackend) -> None:
+    with hold_slots("whole"), standing(lines, "whole", "global", 2):
+        with pytest.raises(AssertionError) as raised:
+            assert_no_slots_held("whole", timeout=0)
+        assert re.sub(r"\d+\.\d s", "N s", str(raised.value)).splitlines() == [
+            "1 slot is held and 2 places in lines are taken:",
+            "  policy whole, key 'global', for N s, path 'hold_slots()' (backend default)",
+            f"  policy whole, key 'global', waits at place 1 for N s, path '{PATH}' (backend default)",
+            f"  policy whole, key 'global', waits at place 2 for N s, path '{PATH}' (backend default)",
+        ]
+        assert_no_slots_held("other")
+        with (
+            hold_slots("other", "user:1", 3),
+            standing(lines, "other", "user:1", limit=3),
+            pytest.raises(AssertionError, match="1 place in a line is taken:"),
+        ):
+            _only_waiters(lines)
+    assert_no_slots_held()
+
+
+def _only_waiters(store: BaseBackend) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "snapshot", lambda: [])
+        assert_no_slots_held("other", "user:1", timeout=0)
+
+
+def test_a_request_waits_until_the_block_ends(lines: BaseBackend) -> None:
+    """Which is how a site tests its waiting; the test client has to say that its server has threads."""
+    answers: list[int] = []
+
+    def get() -> None:
+        answers.append(Client().get("/plain/", **{"wsgi.multithread": True}).status_code)  # type: ignore[arg-type]  # environ
+
+    thread = threading.Thread(target=get)
+    with hold_slots("whole"):
+        assert Client().get("/plain/").status_code == 429, "a server of one thread lets nobody wait"
+        thread.start()
+        assert wait_until(lambda: len(lines.waiters()) == 1)
+    thread.join(10)
+    assert answers == [200]
+    assert_no_slots_held()
+
+
+def test_a_request_of_the_async_client_waits(lines: BaseBackend) -> None:
+    async def main() -> int:
+        async with hold_slots("whole"):
+            asking = asyncio.create_task(AsyncClient().get("/aplain/"))
+            assert await await_until(lambda: len(lines.waiters()) == 1)
+        return (await asyncio.wait_for(asking, 10)).status_code
+
+    assert run_async(main) == 200
+    assert_no_slots_held()
+
+
+def test_more_slots_are_filled_though_somebody_waits(lines: BaseBackend) -> None:
+    """A test fills what it wants: no limit and no line is asked."""
+
+    async def main() -> int:
+        async with hold_slots("whole", n=2):
+            return len(await sync_to_async(lines.snapshot)())
+
+    with hold_slots("whole"), standing(lines, "whole", "global"):
+        with hold_slots("whole", n=3):
+            assert counts() == {("whole", "global"): 4}
+        assert run_async(main) == 3
+        assert wait_until(lambda: counts() == {("whole", "global"): 1})
+        assert len(lines.waiters()) == 1
+    assert_no_slots_held()
+
+
+def test_a_store_that_cannot_fill_past_a_line_says_so(lines: BaseBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "restore", lambda holders: [False] * len(holders))
+    with hold_slots("whole"), standing(lines, "whole", "global"):
+        with pytest.raises(BackendError, match="requests wait in line there"), hold_slots("whole"):
+            pass
+        assert counts() == {("whole", "global"): 1}
 
 
 def test_a_name_that_nobody_has_is_an_error(limits: Limits) -> None:

@@ -15,14 +15,17 @@ from django.urls import Resolver404, resolve
 from django.utils import translation
 from django.utils.functional import SimpleLazyObject
 
+from .. import pace
 from ..chain import AUTHENTICATION, SESSION, has
 from ..explaining import Explanation, Finding, explain
+from ..outcomes import Rejection
+from ..steps import RETRY_AFTER
 from .config import configuration
 from .output import Output, near
 
 HELP = (
     "which policies a request would meet and why, with keys, limits and counts as they are now, and what would be answered; "
-    "the site's own middleware is not run; exit code 1 if it would be rejected"
+    "the site's own middleware is not run; exit code 1 if it would be rejected now, 0 if it would be let in or wait in line"
 )
 
 
@@ -37,7 +40,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(options: Mapping[str, Any], out: Output) -> int:
-    """Exit code 0: it would be let in."""
+    """Exit code 0: it would be let in, at once or in its turn."""
     config = configuration()
     path = options["path"]
     with translation.override(translation.get_language_from_path(path) or translation.get_language()):
@@ -120,11 +123,17 @@ def _unchanging(store: type[Any]) -> type[Any]:
 
 def _answer(found: Explanation) -> str:
     if found.rejection is None:
-        return "it would be let in"
+        lines = [f"{one.policy.name}, place {one.place}" for one in found.findings if one.place is not None]
+        if not lines:
+            return "it would be let in"
+        return f"it would wait in line ({'; '.join(lines)}) for at most {found.waits:g} s, and be let in when it is its turn"
     refusal = found.rejection
-    wait = (
-        "no Retry-After, as waiting does not help" if refusal.retry_after is None else "Retry-After of 1 to 5 seconds"
-    )
+    if refusal.retry_after is None:
+        wait = "no Retry-After, as waiting does not help"
+    elif refusal.reason == "queue_full":
+        wait = "Retry-After by the pace of the line"
+    else:
+        wait = "Retry-After of 1 to 5 seconds"
     first = next(finding.policy for finding in found.findings if finding.policy.name == refusal.policy)
     by = f", answered by {first.response_callback}" if first.response_callback is not None else ""
     return f"{refusal.status} {refusal.reason} ({', '.join(refusal.violated)}), {wait}{by}"
@@ -134,8 +143,12 @@ def _tell(found: Explanation, request: HttpRequest, notes: Sequence[str], out: O
     out.line(f"{request.method} {request.path} is {found.view_name}")
     applied = [one for one in found.findings if not one.why_not]
     if applied:
+        lines = any(one.waiting or one.policy.wait for one in applied)
         out.table(
-            ["policy", "taken by", "key", ">in flight", ">limit", ">cost", "outcome", "=written in"],
+            [
+                *("policy", "taken by", "key", ">in flight", ">limit", *((">waiting",) if lines else ()), ">cost"),
+                *("outcome", "=written in"),
+            ],
             [
                 [
                     one.policy.name,
@@ -143,6 +156,7 @@ def _tell(found: Explanation, request: HttpRequest, notes: Sequence[str], out: O
                     one.key or "",
                     _number(one.in_flight),
                     _limit(one),
+                    *((str(one.waiting),) if lines else ()),
                     str(one.cost),
                     _outcome(one, found),
                     near(one.policy.place),
@@ -160,7 +174,8 @@ def _tell(found: Explanation, request: HttpRequest, notes: Sequence[str], out: O
         )
     for note in notes:
         out.note(note)
-    out.line(f"Now: {_answer(found)}.", "green" if found.rejection is None else "red")
+    style = "red" if found.rejection is not None else "yellow" if found.waits else "green"
+    out.line(f"Now: {_answer(found)}.", style)
 
 
 def _number(value: int | None) -> str:
@@ -175,6 +190,8 @@ def _outcome(one: Finding, found: Explanation) -> str:
     refusal = found.rejection
     if refusal is not None and one.policy.name in refusal.violated:
         return f"rejects: {refusal.reason}"
+    if one.place is not None:
+        return f"waits, place {one.place}"
     return _OUTCOMES.get(one.state or "", "not asked") if refusal is None else "not taken"
 
 
@@ -187,6 +204,13 @@ _OUTCOMES = {
 }
 
 
+def _retry_after(refusal: Rejection) -> list[int] | None:
+    """From, to: seconds."""
+    if refusal.retry_after is None:
+        return None
+    return [1, pace.LONGEST] if refusal.reason == "queue_full" else list(RETRY_AFTER)
+
+
 def _as_data(found: Explanation, request: HttpRequest, notes: Sequence[str]) -> dict[str, Any]:
     refusal = found.rejection
     return {
@@ -194,6 +218,7 @@ def _as_data(found: Explanation, request: HttpRequest, notes: Sequence[str]) -> 
         "path": request.path,
         "view_name": found.view_name,
         "admitted": refusal is None,
+        "waits": found.waits,
         "rejection": None
         if refusal is None
         else {
@@ -201,7 +226,7 @@ def _as_data(found: Explanation, request: HttpRequest, notes: Sequence[str]) -> 
             "reason": refusal.reason,
             "policy": refusal.policy,
             "violated": list(refusal.violated),
-            "retry_after": None if refusal.retry_after is None else [1, 5],
+            "retry_after": _retry_after(refusal),
         },
         "policies": [
             {
@@ -213,6 +238,8 @@ def _as_data(found: Explanation, request: HttpRequest, notes: Sequence[str]) -> 
                 "key": one.key,
                 "in_flight": one.in_flight,
                 "limit": one.limit,
+                "waiting": one.waiting,
+                "place_in_line": one.place,
                 "cost": one.cost,
                 "state": one.state,
             }

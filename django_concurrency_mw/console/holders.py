@@ -1,4 +1,4 @@
-"""Holders: who holds which slots since when, and taking one away."""
+"""Holders: who holds which slots since when, who waits for one, and taking one away."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from django.core.management.base import CommandError, CommandParser
 
 from .. import conf
 from ..backends import BaseBackend
+from ..backends.base import Holder, Waiter
 from ..decorated import leases, policies_in_use
 from ..exceptions import BackendError, did_you_mean
 from ..fields import FieldError, check_duration
 from ..keys import masked
-from ..occupancy import Row, is_key, rows
+from ..occupancy import Row, is_key, line, rows
 from ..policies import Policy
 from .config import configuration, notes, stores
 from .output import Output, table
 
-HELP = "who holds which slots since when, and --evict; exit code 1 if nobody does, or nobody was evicted"
+HELP = (
+    "who holds which slots since when, who waits in which line, and --evict; exit code 1 if nobody holds or waits, or nobody "
+    "was evicted"
+)
 
 #: Seconds between two looks, at least.
 OFTEN = 0.1
 #: As `tokens` makes them.
 _TOKEN = re.compile(r"[0-9a-f]{16}-[0-9a-f]+")
+WAITING = ("policy", "key", ">place", ">waits for", ">cost", "host", ">pid", "path", "=token")
 COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "=token", "marks")
 
 
@@ -46,33 +51,40 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="EVERY",
         help="again each second (or so many), until Ctrl-C",
     )
-    parser.add_argument("--evict", metavar="TOKEN", help="take this holder's slots away; asks before it does")
+    parser.add_argument(
+        "--evict",
+        metavar="TOKEN",
+        help="take this holder's slots away; asks before it does; not for one who waits, whose own time-out ends that",
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The holders that are asked for, the oldest first, and why a store could not be asked, by its alias."""
+    """The holders that are asked for, the oldest first; those who wait, line by line, each with its store's alias; and why a
+    store could not be asked, by its alias."""
 
     rows: Sequence[Row]
     failed: Mapping[str, str]
+    waiting: Sequence[tuple[str, Waiter]] = ()
 
     @property
     def code(self) -> int:
-        """0: somebody holds; 1: nobody does. Raises: CommandError where nobody was found, but not everywhere was looked."""
-        if not self.rows and self.failed:
+        """0: somebody holds or waits; 1: nobody does. Raises: CommandError where nobody was found, but not everywhere was
+        looked."""
+        if not self.rows and not self.waiting and self.failed:
             raise CommandError("; ".join(_said(alias, error) for alias, error in self.failed.items()))
-        return 0 if self.rows else 1
+        return 0 if self.rows or self.waiting else 1
 
 
 def run(options: Mapping[str, Any], out: Output) -> int:
-    """Exit code 0: somebody holds; with `--evict`: somebody was evicted."""
+    """Exit code 0: somebody holds or waits; with `--evict`: somebody was evicted."""
     config = configuration()
     policies = policies_in_use(config)
     if options["evict"] is not None:
         return _evict(options, out, config, policies)
     found = _find(options, config, policies)
-    if options["policy"] is not None and options["policy"] not in policies and not found.rows:
+    if options["policy"] is not None and options["policy"] not in policies and not (found.rows or found.waiting):
         raise CommandError(
             f"--policy {options['policy']}: there is no such policy{did_you_mean(options['policy'], policies)}"
         )
@@ -86,6 +98,8 @@ def run(options: Mapping[str, Any], out: Output) -> int:
         out.table(COLUMNS, _cells(found.rows, options))
     else:
         out.line("Nobody holds a slot.")
+    if found.waiting:
+        out.table(WAITING, _waiting_cells(found.waiting, options), _waiting_title(found))
     for alias, error in found.failed.items():
         out.note(_said(alias, error))
     for note in notes(config):
@@ -99,18 +113,20 @@ def _said(alias: str, error: str) -> str:
 
 def _find(options: Mapping[str, Any], config: conf.Config, policies: Mapping[str, Sequence[Policy]]) -> Found:
     found: list[Row] = []
+    waiting: list[tuple[str, Waiter]] = []
     failed: dict[str, str] = {}
     seconds = leases(policies)
     for store in stores(config):
         try:
-            found += [row for row in rows(store, seconds) if _is_wanted(row, options, policies)]
+            found += [row for row in rows(store, seconds) if _is_wanted(row.holder, options, policies)]
+            waiting += [pair for pair in line(store) if _is_wanted(pair[1], options, policies)]
         except (BackendError, NotImplementedError) as error:
             failed[store.config.alias] = str(error) or repr(error)
-    return Found(sorted(found, key=lambda row: -row.holder.age), failed)
+    in_order = sorted(waiting, key=lambda pair: (pair[0], pair[1].policy, pair[1].key, pair[1].place))
+    return Found(sorted(found, key=lambda row: -row.holder.age), failed, in_order)
 
 
-def _is_wanted(row: Row, options: Mapping[str, Any], policies: Mapping[str, Sequence[Policy]]) -> bool:
-    holder = row.holder
+def _is_wanted(holder: Holder | Waiter, options: Mapping[str, Any], policies: Mapping[str, Sequence[Policy]]) -> bool:
     known = policies.get(holder.policy)
     return (
         options["policy"] in (None, holder.policy)
@@ -123,7 +139,7 @@ def _cells(found: Sequence[Row], options: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
             row.holder.policy,
-            _key(row, options),
+            _key(row.holder, options),
             f"{row.holder.age:.1f} s",
             f"{row.holder.lease_left:.1f} s",
             str(row.holder.cost),
@@ -137,8 +153,30 @@ def _cells(found: Sequence[Row], options: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _key(row: Row, options: Mapping[str, Any]) -> str:
-    return row.holder.key if options["show_keys"] else masked(row.holder.key)
+def _waiting_cells(found: Sequence[tuple[str, Waiter]], options: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            waiter.policy,
+            _key(waiter, options),
+            str(waiter.place),
+            f"{waiter.age:.1f} s",
+            str(waiter.cost),
+            waiter.host,
+            "" if waiter.pid is None else str(waiter.pid),
+            waiter.path,
+            waiter.token,
+        ]
+        for _, waiter in found
+    ]
+
+
+def _waiting_title(found: Found) -> str:
+    number = len({waiter.token for _, waiter in found.waiting})
+    return "1 waits in line" if number == 1 else f"{number} wait in line"
+
+
+def _key(holder: Holder | Waiter, options: Mapping[str, Any]) -> str:
+    return holder.key if options["show_keys"] else masked(holder.key)
 
 
 def _as_data(found: Found, options: Mapping[str, Any], keep_in_mind: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +185,7 @@ def _as_data(found: Found, options: Mapping[str, Any], keep_in_mind: Sequence[st
             {
                 "backend": row.backend,
                 "policy": row.holder.policy,
-                "key": _key(row, options),
+                "key": _key(row.holder, options),
                 "token": row.holder.token,
                 "age": round(row.holder.age, 3),
                 "lease_left": round(row.holder.lease_left, 3),
@@ -160,6 +198,21 @@ def _as_data(found: Found, options: Mapping[str, Any], keep_in_mind: Sequence[st
             }
             for row in found.rows
         ],
+        "waiting": [
+            {
+                "backend": alias,
+                "policy": waiter.policy,
+                "key": _key(waiter, options),
+                "token": waiter.token,
+                "place": waiter.place,
+                "age": round(waiter.age, 3),
+                "cost": waiter.cost,
+                "host": waiter.host or None,
+                "pid": waiter.pid,
+                "path": waiter.path,
+            }
+            for alias, waiter in found.waiting
+        ],
         "failed": dict(found.failed),
         "notes": list(keep_in_mind),
     }
@@ -171,6 +224,7 @@ def _watch(
     """Until Ctrl-C. A store that fails meanwhile is said, and asked again."""
     live: Any = None
     if not out.json and out.console.is_terminal:
+        from rich.console import Group
         from rich.live import Live
 
         live = Live(console=out.console, auto_refresh=False)
@@ -184,8 +238,10 @@ def _watch(
                 else:
                     said = [*(_said(alias, error) for alias, error in found.failed.items()), *keep_in_mind]
                     title = "; ".join([f"{len(found.rows)} holders at {time.strftime('%H:%M:%S')}", *said])
-                    drawn = table(COLUMNS, _cells(found.rows, options), title)
-                    _ = out.console.print(drawn) if live is None else live.update(drawn, refresh=True)
+                    drawn = [table(COLUMNS, _cells(found.rows, options), title)]
+                    if found.waiting:
+                        drawn.append(table(WAITING, _waiting_cells(found.waiting, options), _waiting_title(found)))
+                    _ = out.console.print(*drawn) if live is None else live.update(Group(*drawn), refresh=True)
                 time.sleep(options["watch"])
     except KeyboardInterrupt:
         return 0
@@ -213,6 +269,8 @@ def _evict(
         out.document({"token": token, "evicted": bool(evicted), "backends": evicted})
     elif evicted:
         out.line(f"Evicted: {token}.", "green")
+    elif any(waiter.token == token for _, waiter in found.waiting):
+        out.line(f"{token} waits and holds no slot yet: it is let in, or ends by its own time-out.", "red")
     else:
         out.line(f"Nobody holds a slot under {token}.", "red")
     return 0 if evicted else 1

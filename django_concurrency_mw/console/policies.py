@@ -95,14 +95,27 @@ def _tell_uses(used: Sequence[Use], options: Mapping[str, Any], out: Output) -> 
     if not used:
         out.line("There is no policy.")
         return
+    lines = any(one.policy.wait or one.waiting for one in used)
     out.table(
-        ("policy", ">limit", ">in flight", ">keys", ">busiest key", ">peak", "at their limit", "=written in"),
+        (
+            *(
+                "policy",
+                ">limit",
+                ">in flight",
+                ">keys",
+                ">busiest key",
+                ">peak",
+                *((">wait", ">waiting") if lines else ()),
+            ),
+            *("at their limit", "=written in"),
+        ),
         [
             (
                 one.policy.name + ("" if one.policy.block else " (shadow)"),
                 "none" if one.limit is None else str(one.limit),
                 *_held(one),
                 "-" if one.peak is None else str(one.peak),
+                *(_line(one) if lines else ()),
                 _full(one, options),
                 near(one.policy.place),
             )
@@ -115,6 +128,12 @@ def _held(one: Use) -> tuple[str, str, str]:
     if one.in_flight is None:
         return "?", "?", "?"
     return str(one.in_flight), str(len(one.by_key)), str(one.busiest)
+
+
+def _line(one: Use) -> tuple[str, str]:
+    if not one.policy.wait and not one.waiting:
+        return "-", "-"
+    return f"{one.policy.wait:g} s", f"{'?' if one.waiting is None else one.waiting} of {one.policy.max_waiting}/key"
 
 
 def _full(one: Use, options: Mapping[str, Any]) -> str:
@@ -157,6 +176,9 @@ def _as_data(
                 "keys": len(one.by_key),
                 "busiest": one.busiest,
                 "peak": one.peak,
+                "wait": one.policy.wait,
+                "max_waiting": one.policy.max_waiting,
+                "waiting": one.waiting,
                 "at_limit": [key if options["show_keys"] else masked(key) for key in one.full],
             }
             for one in used

@@ -216,6 +216,11 @@ def _tell_policies(document: Mapping[str, Any], out: Output) -> None:
     out.line(
         f"{_figure(document['rejected'])} of {document['requests']:,} requests with a policy would have been rejected"
     )
+    waiting = [entry["policy"] for entry in document["policies"] if entry["wait"] and entry["rejected"]["high"]]
+    if waiting:
+        out.line(
+            f"Waiting is not replayed: of those, some would have been let in after a wait in line ({', '.join(waiting)})"
+        )
 
 
 def _tell_rejections(entry: Mapping[str, Any], document: Mapping[str, Any], out: Output) -> None:

@@ -66,6 +66,7 @@ def policies(
             "place": policy.place,
             "limit": policy.max_concurrent,
             "shadow": not policy.block,
+            "wait": policy.wait,
             "requests": requests,
             "peak": figure([one.peak for one in figures], least=min(requests, 1)),
             "peak_in_total": figure([one.total for one in figures], least=min(requests, 1)),

@@ -47,6 +47,7 @@ MIDDLEWARE = [
 CONCURRENCY_LIMIT: dict[str, Any] = {
     "POLICIES": REPOSITORY / "policies.example.yaml",
     "ENABLED": os.environ.get("EXAMPLE_LIMITS_OFF") != "1",
+    "MAX_SYNC_WAITERS": 16,  # half of the threads that the servers above have; the default is for servers with fewer
 }
 # Without it: memory, which counts in one process.
 if EXAMPLE_REDIS_URL := os.environ.get("EXAMPLE_REDIS_URL"):

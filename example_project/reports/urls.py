@@ -17,6 +17,7 @@ urlpatterns = [
     path("figures/", views.FiguresView.as_view(), name="figures"),
     path("dashboard/", views.dashboard, name="dashboard"),
     path("rebuild/", views.rebuild, name="rebuild"),
+    path("labels/", views.labels, name="labels"),
     path("search/", views.search, name="search"),
     path("status/", views.status, name="status"),
     path("api/orders/", api.OrdersView.as_view(), name="api-orders"),

@@ -143,6 +143,17 @@ def rebuild(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"rebuilt": True, "seconds": duration})
 
 
+@login_required
+@require_safe
+def labels(request: HttpRequest) -> JsonResponse:
+    """Who comes on top waits in line. How long that was stands in a field that a browser's developer tools show."""
+    duration = seconds(request)
+    with gauge.inside(f"labels:{request.user.get_username()}"):
+        time.sleep(duration)
+    waited = request.concurrency.waited  # type: ignore[attr-defined]  # set by the middleware
+    return JsonResponse({"labels": 12, "seconds": duration}, headers={"Server-Timing": f"line;dur={waited * 1000:.0f}"})
+
+
 @require_safe
 def search(request: HttpRequest) -> HttpResponse:
     """Under the shadow policy only: it is counted and never turned away."""
