@@ -27,7 +27,7 @@ from django_concurrency_mw.outcomes import Full, Slot, StoreFailed, TakeReply, V
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import Steps, Take
 
-from .support import EARLIER, Limits, exit_code, wait_until, works_again
+from .support import EARLIER, SOON, Limits, exit_code, wait_until, works_again
 from .test_steps import Drive
 from .test_steps import drive as drive
 
@@ -333,7 +333,7 @@ class TestManyAtOnce:
 
             def take(slots: Sequence[Slot]) -> TakeReply:
                 if slots[0].policy != PROBE:
-                    barrier.wait(10)
+                    barrier.wait(SOON)
                 return ask(slots)
 
             store.take = take  # type: ignore[method-assign]  # for this test
@@ -535,7 +535,7 @@ class Stop:
 
     def __call__(self, *arguments: Any) -> None:
         self.entered.set()
-        assert self.go.wait(10)
+        assert self.go.wait(SOON)
 
 
 class TestRecovery:
@@ -553,7 +553,7 @@ class TestRecovery:
         store.error = BackendError("down")
         site.ask(store)
         store.error = None
-        assert stop.entered.wait(5)
+        assert stop.entered.wait(SOON)
         assert site.state(store) == "local"
         assert store.asked == 1
         stop.go.set()

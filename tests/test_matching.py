@@ -25,7 +25,7 @@ from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.outcomes import Slot, TakeReply
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, named, nothing_held, run_async, stores_work, wait_until, works_again
+from .support import OURS, SOON, Limits, named, nothing_held, run_async, stores_work, wait_until, works_again
 from .views import Deliberate, held, switch
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -385,12 +385,12 @@ class Inside:
         switch.stop_at = 0
         self.thread = threading.Thread(target=ask, args=("wsgi", self.path))
         self.thread.start()
-        assert switch.entered.wait(5)
+        assert switch.entered.wait(SOON)
         switch.stop_at = None
 
     def __exit__(self, *args: object) -> None:
         switch.go.set()
-        self.thread.join(5)
+        self.thread.join(SOON)
 
 
 @both_halves
