@@ -29,14 +29,14 @@ from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
 from ..host_file import consistent, held_by_state, tokens_there
-from ..support import wait_until
+from ..support import SOON, wait_until
 from . import LONG
 
-#: Points at which a process is killed, of each call.
-POINTS = 10**9 if LONG else 40
+#: Points at which a process is killed: of each call, and where each outcome of one is to be seen among them.
+POINTS, MANY_POINTS = (10**9, 10**9) if LONG else (18, 40)
 INTERRUPTIONS = 40_000 if LONG else 1_500
 #: Seconds of killing.
-KILLING = 120.0 if LONG else 2.0
+KILLING = 120.0 if LONG else 1.5
 PACKAGE = os.path.join("backends", "host", "")
 
 
@@ -195,7 +195,7 @@ def test_killed_at_any_bytecode_a_process_leaves_nothing_behind(store: HostBacke
 def points_of(path: Path, name: str) -> range:
     total = killed_at(0, path, name)
     assert total > 100
-    step = max(1, total // POINTS)
+    step = max(1, total // MANY_POINTS)
     return range(random.randrange(1, step + 1), total + 1, step)
 
 
@@ -295,7 +295,7 @@ def test_exceptions_of_signal_handlers_leave_nothing_behind(store: HostBackend, 
     assert set(store._known) == {(one.token, one.policy, one.key.digest) for one in own}
     thread = threading.Thread(target=store.give, args=(own,), daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(SOON)
     assert not thread.is_alive(), "the other threads are locked out"
     assert other.snapshot() == []
     assert consistent(table_of(store)) == []
@@ -376,8 +376,11 @@ def worker(number: int, path: Path, limit: int, seen: mmap.mmap) -> None:
         signal.pause()
 
 
-def killing(path: Path, limit: int, seconds: float) -> tuple[int, int, int, int]:
-    """Workers are killed and replaced. Returns kills, the most inside, admissions and errors."""
+def killing(path: Path, limit: int, seconds: float, at_least: int = 0) -> tuple[int, int, int, int]:
+    """Workers are killed and replaced, for so long and so often at least, and then work until the limit was reached.
+
+    Returns kills, the most inside, admissions and errors.
+    """
     seen = mmap.mmap(-1, 8 * (2 + WORKERS * THREADS))
     workers: dict[int, int] = {}
 
@@ -394,14 +397,19 @@ def killing(path: Path, limit: int, seconds: float) -> tuple[int, int, int, int]
         start(number)
     kills, end = 0, monotonic() + seconds
     try:
-        while monotonic() < end:
+        while monotonic() < end or kills <= at_least:
             sleep(random.random() * 0.04)
             number = random.randrange(WORKERS)
             os.kill(workers[number], signal.SIGKILL)
             os.waitpid(workers[number], 0)
             kills += 1
             start(number)
-        wait_until(lambda: sum(struct.unpack_from(f"{WORKERS * THREADS}q", seen, 8)) > 100, 30)
+
+        def enough() -> bool:
+            most, *admitted = struct.unpack_from(f"{1 + WORKERS * THREADS}q", seen)
+            return most >= limit and sum(admitted) > 100
+
+        wait_until(enough)
     finally:
         for pid in workers.values():
             os.kill(pid, signal.SIGKILL)
@@ -413,7 +421,7 @@ def killing(path: Path, limit: int, seconds: float) -> tuple[int, int, int, int]
 
 def test_the_cap_holds_while_processes_are_killed_and_nothing_is_left_of_them(store: HostBackend, path: Path) -> None:
     store.take([slot("own")])
-    kills, most, admitted, errors = killing(path, CAP, KILLING)
+    kills, most, admitted, errors = killing(path, CAP, KILLING, 20)
     print(f"{kills} kills, {admitted} admitted, {errors} errors, {table_of(store).words[Header.REBUILT]} made anew")
     assert most == CAP
     assert kills > 20
@@ -422,5 +430,5 @@ def test_the_cap_holds_while_processes_are_killed_and_nothing_is_left_of_them(st
 
 
 def test_a_store_that_admits_one_too_many_is_caught(path: Path) -> None:
-    _, most, _, _ = killing(path, CAP + 1, 0.5)
+    _, most, _, _ = killing(path, CAP + 1, 0.2)
     assert most == CAP + 1
