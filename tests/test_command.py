@@ -568,7 +568,12 @@ class TestExplain:
         assert (code, "ENABLED is False" in text) == (0, True)
 
     def test_it_changes_nothing(self, limits: Limits, redis_server: RedisServer, prefix: str) -> None:
-        backend = {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": redis_server.url}
+        backend = {
+            "BACKEND": "redis",
+            "KEY_PREFIX": prefix,
+            "LOCATION": redis_server.url,
+            "OPTIONS": {"socket_timeout": 5},
+        }
         limits(table(a={"url_names": ["*"]}, b={"url_names": ["*"], "key": "ip"}), BACKENDS={"default": backend})
         with redis_server.client() as client:
             before = client.dbsize()

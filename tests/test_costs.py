@@ -161,8 +161,8 @@ def test_all_of_a_lapsed_one_goes_at_once(asked: Asked) -> None:
 
 
 def test_all_of_a_renewed_one_stays(asked: Asked) -> None:
-    asked.take(slot(4, token="renewed", ttl=0.3))
-    asked.take(slot(1, token="lapses", ttl=0.3))
+    asked.take(slot(4, token="renewed", ttl=10))
+    asked.take(slot(1, token="lapses", ttl=0.1))
     assert list(asked.store.renew([(slot(4, token="renewed"), 60)])) == [True]
     assert wait_until(lambda: asked.count() == 4)
     assert asked.costs() == {"renewed": 4}

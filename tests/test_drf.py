@@ -308,7 +308,9 @@ def test_three_policies_are_one_round_trip(
     names = ("a", "b", "c")
     table = {"policies": {name: {"url_names": ["*"], "key": "user", "max_concurrent": 1} for name in names}}
     prefix = f"drf-{os.getpid()}-{next(_numbers)}"
-    backends = {"default": {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix}}
+    options = {"socket_timeout": 5}
+    entry = {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix, "OPTIONS": options}
+    backends = {"default": entry}
     limits(table, middleware=ours, BACKENDS=backends)
     assert ask(half, "/throttled/", alice).status == 200  # connected, and the script is known
     assert wait_until(lambda: redis_server.held(prefix) == 0)

@@ -164,7 +164,7 @@ class TestTheBreaker:
         start = monotonic()
         assert site.state(store) == "local"
         assert wait_until(lambda: told == [False, True])
-        assert monotonic() - start < 1  # seen: 0.002 s
+        assert monotonic() - start < 10  # seen: 0.002 s; the next probe would be an hour later
         assert len(store.probed) == 1
         assert site.state(store) == "held"
 

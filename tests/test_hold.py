@@ -67,6 +67,8 @@ def limit_of(request: HttpRequest) -> int:
     return 1
 
 
+#: Seconds of a lease that is to end.
+SHORT = 0.3
 #: Seconds of a lease that no stall of a busy machine ends; see `renewed_soon`.
 LONGER = 60.0
 TABLE = {
@@ -76,12 +78,12 @@ TABLE = {
     "varies": {"key": "user", "max_concurrent": f"{__name__}.limit_of"},
     "costly": {"key": "user", "max_concurrent": 9, "cost": f"{__name__}.limit_of"},
     "shadow": {"key": "user", "max_concurrent": 1, "block": False},
-    "short": {"key": "user", "max_concurrent": 1, "ttl": 0.5},
+    "short": {"key": "user", "max_concurrent": 1, "ttl": SHORT},
     "longer": {"key": "user", "max_concurrent": 1, "ttl": LONGER},
     "fixed": {"key": "user", "max_concurrent": 1, "ttl": LONGER, "renew": False},
     "aged": {"key": "user", "max_concurrent": 1, "ttl": LONGER, "max_age": LONGER + 1},
     "by-header": {"key": "header:X-Api-Key", "max_concurrent": 1, "per_key": {"header:X-Api-Key:gold": 2}},
-    "shadow-denied": {"key": "user", "max_concurrent": 1, "block": False, "ttl": 0.5},
+    "shadow-denied": {"key": "user", "max_concurrent": 1, "block": False, "ttl": SHORT},
     "denied": {"key": "user", "max_concurrent": 1, "on_backend_error": "deny"},
 }
 
@@ -395,7 +397,7 @@ class TestHandOver:
 
     def test_unclaimed_it_ends_with_its_lease(self, held: Held, block: Block) -> None:
         began, token = monotonic(), handed_over("short")
-        assert held() == [("short", "user:42")] or monotonic() >= began + 0.5
+        assert held() == [("short", "user:42")] or monotonic() >= began + SHORT
         assert wait_until(lambda: held() == [])
         with pytest.raises(SlotLost), block(token):
             pass
@@ -530,7 +532,7 @@ class TestHandOver:
         self, held: Held, block: Block, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         began, token = monotonic(), handed_over("shadow-denied")
-        assert held() == [("shadow-denied", "user:42")] or monotonic() >= began + 0.5
+        assert held() == [("shadow-denied", "user:42")] or monotonic() >= began + SHORT
         assert wait_until(lambda: held() == [])
         with block(token) as concurrency:
             assert concurrency.policies[0].state == "over"
@@ -664,7 +666,14 @@ def test_a_claim_that_is_cancelled_leaves_nothing(redis_server: RedisServer, pre
     """At random moments, while the store takes its time."""
     limits(
         {"policies": TABLE},
-        BACKENDS={"default": {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix}},
+        BACKENDS={
+            "default": {
+                "BACKEND": "redis",
+                "LOCATION": redis_server.url,
+                "KEY_PREFIX": prefix,
+                "OPTIONS": {"socket_timeout": 5},
+            }
+        },
     )
     held = Held()
 

@@ -578,8 +578,12 @@ class TestOnBackendError:
         assert json.loads(ask(half, "/told/")[2])["policies"][0][2] == "unprotected"
 
     @pytest.mark.parametrize("mode", ["local", "allow", "deny"])
-    def test_a_reply_that_is_lost(self, limits: Limits, half: str, stores: dict[str, Any], mode: str) -> None:
+    def test_a_reply_that_is_lost(
+        self, limits: Limits, half: str, stores: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The store took a slot that nobody knows of: the keeper gives it back once the store answers again."""
+        monkeypatch.setattr("django_concurrency_mw.keeper.RETRY_EVERY", 0.02)
+        monkeypatch.setattr(health, "PROBE_EVERY", 0.02)
         limits(table(p=remote()), middleware=[OURS], BACKENDS=stores, ON_BACKEND_ERROR=mode)
         Switchable.down = "lost"
         assert ask(half, "/told/")[0] == (503 if mode == "deny" else 200)

@@ -153,7 +153,7 @@ def test_unknown_options_are_an_error() -> None:
 
 
 def test_the_cap_holds_among_threads(store: MemoryBackend) -> None:
-    """16 threads take and give 2,000 times, 700 in the short run: the most ever inside is the limit, and nothing is left."""
+    """16 threads take and give 2,000 times, 400 in the short run: the most ever inside is the limit, and nothing is left."""
     inside: list[str] = []
     most: list[int] = []
     admitted: list[str] = []
@@ -161,7 +161,7 @@ def test_the_cap_holds_among_threads(store: MemoryBackend) -> None:
 
     def work(number: int) -> None:
         for turn in count():
-            if len(admitted) >= (2000 if LONG else 700) or monotonic() > end:
+            if len(admitted) >= (2000 if LONG else 400) or monotonic() > end:
                 return
             token = f"{number}-{turn}"
             if isinstance(store.take([slot(limit=3, token=token)]), Taken):
@@ -183,7 +183,7 @@ def test_the_cap_holds_among_threads(store: MemoryBackend) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert max(most) == 3
-    assert len(admitted) >= (2000 if LONG else 700)
+    assert len(admitted) >= (2000 if LONG else 400)
     assert store.snapshot() == []
 
 

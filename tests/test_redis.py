@@ -11,7 +11,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -362,10 +362,10 @@ class TestThreads:
 class TestOneDeadline:
     """`socket_timeout` covers connecting, the handshake and the reply together, in both halves."""
 
-    def measure(self, store: RedisBackend, half: str) -> float:
+    def measure(self, store: RedisBackend, half: str, patience: Any = impatient) -> float:
         take = store.take if half == "threads" else partial(_take_on_a_loop, store)
         start = monotonic()
-        with impatient(store), pytest.raises(BackendError):
+        with patience(store), pytest.raises(BackendError):
             take([slot()])
         return monotonic() - start
 
@@ -385,7 +385,7 @@ class TestOneDeadline:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             store = next(made(f"redis://127.0.0.1:{taken.getsockname()[1]}/0", prefix))
-            assert self.measure(store, half) < 1
+            assert self.measure(store, half, nullcontext) < 2, "of the five seconds that it has"
 
 
 def _take_on_a_loop(store: RedisBackend, slots: Sequence[Slot]) -> Any:

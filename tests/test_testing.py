@@ -42,6 +42,7 @@ def store(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> Store:
         "BACKEND": "redis",
         "KEY_PREFIX": prefix,
         "LOCATION": request.getfixturevalue("redis_server").url,
+        "OPTIONS": {"socket_timeout": 5},
     }
 
 
@@ -443,7 +444,14 @@ def test_on_an_event_loop_the_others_go_on(site: None) -> None:
 def test_the_slots_of_another_process_are_seen(
     limits: Limits, prefix: str, redis_server: RedisServer, run_python: Run
 ) -> None:
-    backends = {"default": {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": redis_server.url}}
+    backends = {
+        "default": {
+            "BACKEND": "redis",
+            "KEY_PREFIX": prefix,
+            "LOCATION": redis_server.url,
+            "OPTIONS": {"socket_timeout": 5},
+        }
+    }
     limits(EXPORTS, BACKENDS=backends)
     program = f"""
 import os, django
