@@ -25,7 +25,7 @@ INTERVAL = 0.5
 #: look: one look that is left out is seen.
 SLACK = 0.45
 #: Seconds that any switch may take: on a busy machine a worker may be held up for long.
-LONGEST = 5 * INTERVAL
+LONGEST = 10 * INTERVAL
 #: Seconds that a view holds its slot: long enough for a machine that lets in few a second to have as many inside at once.
 DURATION = 0.1
 #: Seconds that the crowd stays at each limit at least, once every worker has it and the limit was reached.
