@@ -22,8 +22,8 @@ from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpRe
 from django.urls import path
 from django.utils.decorators import sync_and_async_middleware
 
-from django_concurrency_mw import hold
-from django_concurrency_mw.backends import snapshot_all
+from django_concurrency_mw import conf, hold
+from django_concurrency_mw.backends import get_backend
 
 Answer = Callable[[HttpRequest], Any]
 
@@ -185,8 +185,9 @@ async def agauge(request: HttpRequest) -> HttpResponse:
 
 
 def leases(request: HttpRequest) -> HttpResponse:
-    """How many seconds are left of each one that is held."""
-    return JsonResponse({"left": [holder.lease_left for holder in snapshot_all()]})
+    """How many seconds are left of each one that is held, also where this process has not limited anybody yet."""
+    store = get_backend("default", conf.current().backends)
+    return JsonResponse({"left": [holder.lease_left for holder in store.snapshot()]})
 
 
 def ready(request: HttpRequest) -> HttpResponse:
