@@ -8,6 +8,8 @@ from typing import Any
 
 from django.core.handlers.asgi import ASGIHandler
 
+from .support import SOON
+
 
 class Left(OSError):
     """What `send` raises once the client has gone."""
@@ -68,11 +70,11 @@ class Exchange:
         """Wait for that many events."""
         while len(self.events) < number:
             self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), 5)
+            await asyncio.wait_for(self._changed.wait(), SOON)
 
     async def end(self) -> None:
         """The application's end, however it comes."""
-        await asyncio.wait([self.task], timeout=10)
+        await asyncio.wait([self.task], timeout=SOON)
         if not self.task.done():
             raise AssertionError("the application did not end")
         if not self.task.cancelled():

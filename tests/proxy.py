@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 Delay = Callable[[], float]
+#: Seconds that its own thread may take for something.
+SOON = 30.0
 
 
 def between(low: float, high: float) -> Delay:
@@ -42,34 +44,34 @@ class Proxy:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._ready.wait(5)
+        assert self._ready.wait(SOON)
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def cut(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(SOON)
 
     def cut_clients(self) -> None:
         """Close the clients' side alone: what they have sent still arrives, when its delay is over."""
-        asyncio.run_coroutine_threadsafe(self._cut_clients(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._cut_clients(), self._loop).result(SOON)
 
     def shut(self) -> None:
         """Nobody listens at the port any more, and all connections are cut."""
 
-        asyncio.run_coroutine_threadsafe(self._close_server(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._close_server(), self._loop).result(SOON)
         self.cut()
 
     def open(self) -> None:
         """Listen again, at the same port."""
-        asyncio.run_coroutine_threadsafe(self._listen(self.port), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._listen(self.port), self._loop).result(SOON)
 
     def stop(self) -> None:
         self.cut()
-        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(SOON)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(SOON)
         self._loop.close()
 
     def _run(self) -> None:

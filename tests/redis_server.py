@@ -80,12 +80,12 @@ class RedisServer:
                 stdout=output,
                 stderr=output,
             )
-        end = monotonic() + 10
+        end = monotonic() + 60
         while monotonic() < end:
             if self.process.poll() is not None:
                 break
             try:
-                with self.client(socket_timeout=1) as client:
+                with self.client(socket_timeout=10) as client:
                     client.execute_command("PING")
                     return
             except redis.AuthenticationError:

@@ -1,7 +1,7 @@
 """The test site as real servers run it: our middleware alone, a cap of 5 on each busy view.
 
 TEST_LIMITER_REDIS (a URL) and TEST_LIMITER_PREFIX put the slots into Redis. A store that fails is a 503 then, so that no
-answer hides it, and has 2 seconds, as the tests share their cores with the servers.
+answer hides it, and has 5 seconds, as the tests share their cores with the servers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if os.environ.get("TEST_LIMITER_REDIS"):
             "BACKEND": "redis",
             "LOCATION": os.environ["TEST_LIMITER_REDIS"],
             "KEY_PREFIX": os.environ["TEST_LIMITER_PREFIX"],
-            "OPTIONS": {"socket_timeout": 2.0},
+            "OPTIONS": {"socket_timeout": 5.0},
         }
     }
     CONCURRENCY_LIMIT["ON_BACKEND_ERROR"] = "deny"

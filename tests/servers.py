@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,22 +18,33 @@ from pathlib import Path
 from time import monotonic, sleep
 
 ROOT = Path(__file__).resolve().parent.parent
+_dice = random.SystemRandom()  # hypothesis seeds the usual one
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives away by itself: a client may have taken one of these before a server binds it."""
+    while True:
+        port = _dice.randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+#: Seconds that a client waits for an answer: one that never comes is found, one that a busy machine holds up is waited for.
+PATIENCE = 60
+#: Seconds that a server keeps a connection on which nothing is asked. By default a client that stands still for 2 to 5 seconds,
+#: as on a busy machine, would ask on one that is just being closed, and have no answer.
+KEPT = "120"
 
 
 def gunicorn(port: int, *options: str) -> list[str]:
     """gthread with the given options."""
-    bound = ["--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--no-control-socket"]
+    bound = ["--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--no-control-socket", "--keep-alive", KEPT]
     return [sys.executable, "-m", "gunicorn", *bound, *options, "tests.serving:wsgi"]
 
 
 def uvicorn(port: int, *options: str) -> list[str]:
-    bound = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    bound = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", KEPT]
     return [sys.executable, "-m", "uvicorn", *bound, *options, "tests.serving:asgi"]
 
 
@@ -67,7 +79,7 @@ def running(
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = monotonic() + 60
+    end = monotonic() + 120
     while monotonic() < end:
         if server.poll() is not None:
             break
@@ -81,7 +93,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> 
 
 
 def get(port: int, path: str, connection: http.client.HTTPConnection | None = None) -> tuple[int, bytes]:
-    own = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    own = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         own.request("GET", path)
         response = own.getresponse()
@@ -106,7 +118,7 @@ def crowd(port: int, path: str, clients: int, seconds: float) -> Counter[int]:
 
     def client() -> None:
         mine: Counter[int] = Counter()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         while monotonic() < end:
             try:
                 status, _ = get(port, path, connection)

@@ -32,7 +32,7 @@ def backend_entry(kind: str, request: pytest.FixtureRequest, prefix: str, folder
     """An entry of BACKENDS for a store of this kind that no other test has."""
     options: dict[str, Any] = {}
     if kind == "redis":
-        options = {"LOCATION": request.getfixturevalue("redis_server").url, "OPTIONS": {"socket_timeout": 2}}
+        options = {"LOCATION": request.getfixturevalue("redis_server").url, "OPTIONS": {"socket_timeout": 5}}
     elif kind == "host":
         options = {"OPTIONS": {"path": str(folder / "table"), "slots": 256}}
     return {"BACKEND": kind, "KEY_PREFIX": prefix, **options}
@@ -65,7 +65,7 @@ def limits() -> Iterator[Limits]:
 
 
 #: Seconds that a fact is waited for which is to come: far more than it takes, as a busy machine may be far slower.
-SOON = 15.0
+SOON = 30.0
 
 
 def wait_until(fact: Callable[[], bool], seconds: float = SOON) -> bool:
@@ -98,7 +98,7 @@ def exit_code(pid: int) -> int:
             ended.append(os.waitstatus_to_exitcode(status))
         return bool(done)
 
-    if not wait_until(has_ended, 30):
+    if not wait_until(has_ended, 2 * SOON):  # it may itself wait for something
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise AssertionError("the child hangs")

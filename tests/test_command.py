@@ -38,7 +38,7 @@ from .conftest import Run
 from .queued import PATH, WAITING, standing
 from .redis_server import RedisServer
 from .servers import ROOT
-from .support import OURS, Limits, backend_entry, named, wait_until
+from .support import OURS, SOON, Limits, backend_entry, named, wait_until
 from .test_matching import Switchable, table
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -295,7 +295,7 @@ class TestHolders:
             assert process.stdout is not None
             assert [json.loads(process.stdout.readline())["holders"] for _ in range(3)] == [[]] * 3
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0
+            assert process.wait(SOON) == 0
 
     def test_what_is_wrong(self, limits: Limits) -> None:
         limits(table(exports={}))
@@ -387,7 +387,7 @@ class TestHolders:
 
     def test_renewed_and_not(self, limits: Limits) -> None:
         """Of real holders: one that is renewed past its ttl, and one whose lease runs out as it stands."""
-        limits(table(kept={"ttl": 1.5}, short={"ttl": 60, "renew": False}, ending={"ttl": 5, "renew": False}))
+        limits(table(kept={"ttl": 2}, short={"ttl": 60, "renew": False}, ending={"ttl": 5, "renew": False}))
         with hold("kept", key="global"), hold("short", key="global"), hold("ending", key="global"):
 
             def marks() -> dict[str, tuple[bool, bool]]:
@@ -395,8 +395,8 @@ class TestHolders:
                 return {row["policy"]: (row["overran"], row["not_renewed"]) for row in rows}
 
             assert set(marks().values()) == {(False, False)}
-            assert wait_until(lambda: marks().get("kept") == (True, False), 10)
-            assert wait_until(lambda: marks().get("ending") == (False, True), 10)
+            assert wait_until(lambda: marks().get("kept") == (True, False))
+            assert wait_until(lambda: marks().get("ending") == (False, True))
             assert marks()["short"] == (False, False)
 
 
@@ -689,7 +689,12 @@ class TestExplain:
         assert (code, "ENABLED is False" in text) == (0, True)
 
     def test_it_changes_nothing(self, limits: Limits, redis_server: RedisServer, prefix: str) -> None:
-        backend = {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": redis_server.url}
+        backend = {
+            "BACKEND": "redis",
+            "KEY_PREFIX": prefix,
+            "LOCATION": redis_server.url,
+            "OPTIONS": {"socket_timeout": 5},
+        }
         limits(table(a={"url_names": ["*"]}, b={"url_names": ["*"], "key": "ip"}), BACKENDS={"default": backend})
         with redis_server.client() as client:
             before = client.dbsize()

@@ -26,8 +26,8 @@ from django_concurrency_mw.keys import masked
 from . import inspected_settings
 from .chaos import LONG
 from .redis_server import RedisServer
-from .servers import ROOT, free_port, gunicorn, running, uvicorn
-from .support import wait_until
+from .servers import PATIENCE, ROOT, free_port, gunicorn, running, uvicorn
+from .support import SOON, wait_until
 
 #: Requests that are held at the barrier.
 HELD = 3
@@ -46,7 +46,7 @@ class Site:
     threads: list[threading.Thread] = field(default_factory=list)
 
     def ask(self, path: str, tenant: str = "acme") -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             connection.request("GET", path, headers={"X-Tenant": tenant} if tenant else {})
             response = connection.getresponse()
@@ -63,7 +63,7 @@ class Site:
     def open(self) -> None:
         self.barrier.touch()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(SOON)
 
     def command(self, *arguments: str) -> tuple[int, Any]:
         """Exit code and JSON document, asked from this process."""
@@ -82,7 +82,7 @@ class Site:
     def program(self, *arguments: str) -> tuple[int, str]:
         """Exit code and output of the command as a program of its own."""
         command = [sys.executable, "-m", "django", "concurrency", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120)
         return done.returncode, done.stdout + done.stderr
 
     def held(self, number: int) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ class Site:
             found[:] = self.command("holders")[1]["holders"]
             return len(found) == number
 
-        assert wait_until(are_held, 20), found
+        assert wait_until(are_held), found
         return found
 
 
@@ -126,7 +126,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     backend: dict[str, Any] = {"BACKEND": store, "KEY_PREFIX": f"inspected-{os.getpid()}-{request.param}"}
     if store == "redis":
         redis: RedisServer = request.getfixturevalue("redis_server")
-        backend |= {"LOCATION": redis.url, "OPTIONS": {"socket_timeout": 2}}
+        backend |= {"LOCATION": redis.url, "OPTIONS": {"socket_timeout": 5}}
     else:
         backend["OPTIONS"] = {"path": str(folder / "table"), "slots": 256}
     with site(server, backend, folder) as one:
@@ -156,15 +156,21 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     for _ in range(HELD):
         live.hold(live.path, "acme")
     rows = live.held(3 * HELD - 1)  # the third one of an address is over the shadow policy's limit
-    assert wait_until(lambda: all(row["pid"] for row in live.held(len(rows))), 15), "each process says who it is"
+    assert wait_until(lambda: all(row["pid"] for row in live.held(len(rows)))), "each process says who it is"
     rows, longest = live.held(len(rows)), monotonic() - began
 
     # Who holds: all that the site knows of it.
     assert sorted(row["policy"] for row in rows) == ["everything"] * 3 + ["exports"] * 3 + ["watch"] * 2
     assert {row["path"] for row in rows} == {live.path}
     assert {row["host"] for row in rows} == {socket.gethostname()}
-    pids = {live.ask("/-/held/")[1]["pid"] for _ in range(40)}
-    assert {row["pid"] for row in rows} <= pids
+    pids: set[int] = set()
+
+    def all_known() -> bool:
+        """Each request may be answered by any worker."""
+        pids.add(live.ask("/-/held/")[1]["pid"])
+        return {row["pid"] for row in rows} <= pids
+
+    assert wait_until(all_known)
     assert all(0 <= row["age"] <= longest for row in rows)
     assert not any(row["overran"] or row["not_renewed"] for row in rows)
     assert all("acme" not in row["key"] for row in rows)
@@ -183,11 +189,14 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     told = [(name, count - (state == "held"), state) for name, _, state, count, _ in answer["policies"]]
     assert states(other) == told == [("exports", 0, "held"), ("everything", 3, "held"), ("watch", 2, "over")]
 
-    code, text = live.program("explain", live.path, "--header", "X-Tenant: acme")
-    assert code == 1
-    assert "Now: 429 full (exports), Retry-After of 1 to 5 seconds." in text
-    code, text = live.program("holders", "--policy", "exports")
-    assert (code, text.count(live.path)) == (0, 3)
+    # As a program of its own; in the short run once, as it says the same of either store.
+    programs = LONG or live.backend["BACKEND"] == "host"
+    if programs:
+        code, text = live.program("explain", live.path, "--header", "X-Tenant: acme")
+        assert code == 1
+        assert "Now: 429 full (exports), Retry-After of 1 to 5 seconds." in text
+        code, text = live.program("holders", "--policy", "exports")
+        assert (code, text.count(live.path)) == (0, 3)
 
     # Evicted while it is full: its slots are free, the request runs on.
     token = next(row["token"] for row in rows if row["policy"] == "watch")
@@ -202,14 +211,15 @@ def test_explain_and_holders_say_what_the_server_does(live: Site) -> None:
     live.open()
     assert [status for status, _ in live.answers] == [200] * HELD
     assert live.held(0) == []
-    assert live.program("holders") == (1, "Nobody holds a slot.\n")
+    if programs:
+        assert live.program("holders") == (1, "Nobody holds a slot.\n")
 
 
 def test_the_table_as_it_is_used(live: Site) -> None:
     for tenant in ("acme", "acme", "acme", "other"):
         live.hold(live.path.replace("export/7", "job"), tenant)
     live.held(4 + 4)
-    assert wait_until(lambda: used(live)["jobs"]["peak"] == 3, 15)
+    assert wait_until(lambda: used(live)["jobs"]["peak"] == 3)
     found = used(live)
     assert [found["jobs"][name] for name in ("limit", "in_flight", "keys", "busiest")] == [3, 4, 2, 3]
     assert len(found["jobs"]["at_limit"]) == 1
@@ -218,10 +228,8 @@ def test_the_table_as_it_is_used(live: Site) -> None:
     assert live.ask("/decorated/")[0] == 200
     live.open()
     live.held(0)
-    assert wait_until(lambda: used(live)["own"]["peak"] == 1, 15), (
-        "the keeper notes it, though nothing is held any more"
-    )
-    assert wait_until(lambda: used(live)["all-jobs"]["peak"] == 4, 15)
+    assert wait_until(lambda: used(live)["own"]["peak"] == 1), "the keeper notes it, though nothing is held any more"
+    assert wait_until(lambda: used(live)["all-jobs"]["peak"] == 4)
     assert live.command("policies", "--reset-peak")[1]["peaks_reset"]
     assert used(live)["all-jobs"]["peak"] is None
 

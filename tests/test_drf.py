@@ -34,7 +34,7 @@ from django_concurrency_mw.signals import slot_acquired
 from .asgi_driver import Exchange, fetch
 from .conftest import Run
 from .redis_server import RedisServer
-from .support import OURS, Limits, Replaces, await_until, everything, named, nothing_held, run_async, wait_until
+from .support import OURS, SOON, Limits, Replaces, await_until, everything, named, nothing_held, run_async, wait_until
 from .views import Deliberate, held, switch
 
 pytestmark = [
@@ -129,11 +129,11 @@ def _during_wsgi(first: tuple[str, str], others: Any) -> list[Answer]:
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert switch.entered.wait(5)
+    assert switch.entered.wait(SOON)
     switch.stop_at = None
     rest = [wsgi(*other) for other in others]
     switch.go.set()
-    thread.join(5)
+    thread.join(SOON)
     return [*answers, *rest]
 
 
@@ -159,7 +159,7 @@ def backends(request: pytest.FixtureRequest) -> dict[str, Any]:
             "BACKEND": "redis",
             "LOCATION": server.url,
             "KEY_PREFIX": prefix,
-            "OPTIONS": {"socket_timeout": 2},
+            "OPTIONS": {"socket_timeout": 5},
         }
     }
 
@@ -308,7 +308,9 @@ def test_three_policies_are_one_round_trip(
     names = ("a", "b", "c")
     table = {"policies": {name: {"url_names": ["*"], "key": "user", "max_concurrent": 1} for name in names}}
     prefix = f"drf-{os.getpid()}-{next(_numbers)}"
-    backends = {"default": {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix}}
+    options = {"socket_timeout": 5}
+    entry = {"BACKEND": "redis", "LOCATION": redis_server.url, "KEY_PREFIX": prefix, "OPTIONS": options}
+    backends = {"default": entry}
     limits(table, middleware=ours, BACKENDS=backends)
     assert ask(half, "/throttled/", alice).status == 200  # connected, and the script is known
     assert wait_until(lambda: redis_server.held(prefix) == 0)

@@ -15,6 +15,30 @@ from .conftest import ROOT, Run
 from .redis_server import RedisServer
 from .redis_server import binary as redis_program
 
+#: Run of the demo -> its arguments, and its variables.
+DEMOS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "alone": ([], {}),
+    "redis": (["--redis"], {}),
+    "unlimited": ([], {"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"}),
+}
+#: How a run of the demo ended, and the folder that it had for its files.
+Demo = tuple["subprocess.CompletedProcess[str]", Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demos(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Demo]]:
+    """How each run of the demo ended. All run at once, and while the other tests here do, as what they do is mostly to wait.
+
+    The first and the last have one file of the host store, but without limits nothing is taken.
+    """
+    with ThreadPoolExecutor() as pool:
+        started = {}
+        for name, (arguments, variables) in DEMOS.items():
+            folder = tmp_path_factory.mktemp(name)
+            env = {"TMPDIR": str(folder), "CONCURRENCY_TEST_REDIS_SERVER": redis_program(), **variables}
+            started[name] = pool.submit(run_python, "example_project/demo.py", *arguments, env=env, timeout=300), folder
+        yield lambda name: (started[name][0].result(), started[name][1])
+
 
 def test_the_example_site_passes_its_checks(run_python: Run) -> None:
     """`manage.py check` finds nothing, warnings included."""
@@ -30,70 +54,6 @@ def test_every_policy_of_the_example_table_is_exercised_by_the_demo(root: Path) 
     assert [
         policy.name for policy in load_policies(root / "policies.example.yaml") if f'"{policy.name}"' not in demo
     ] == []
-
-
-#: Run of the demo -> its arguments, and its variables.
-DEMOS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "alone": ([], {}),
-    "redis": (["--redis"], {}),
-    "unlimited": ([], {"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"}),
-}
-#: How a run of the demo ended, and the folder that it had for its files.
-Demo = tuple["subprocess.CompletedProcess[str]", Path]
-
-
-@pytest.fixture(scope="module")
-def demos(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Demo]]:
-    """How each run of the demo ended. All run at once, as what they do is mostly to wait.
-
-    The first and the last have one file of the host store, but without limits nothing is taken.
-    """
-    with ThreadPoolExecutor() as pool:
-        started = {}
-        for name, (arguments, variables) in DEMOS.items():
-            folder = tmp_path_factory.mktemp(name)
-            env = {"TMPDIR": str(folder), "CONCURRENCY_TEST_REDIS_SERVER": redis_program(), **variables}
-            started[name] = pool.submit(run_python, "example_project/demo.py", *arguments, env=env), folder
-        yield lambda name: (started[name][0].result(), started[name][1])
-
-
-def test_the_demo_shows_every_cap_hold(demos: Callable[[str], Demo]) -> None:
-    """Both servers, every kind of view, one rejection in full; it leaves nothing behind."""
-    done, folder = demos("alone")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for word in (
-        "store: ",
-        "gunicorn",
-        "uvicorn",
-        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
-        "dashboard",
-        "3, 3",
-        "labels: 4 at a time for each user, the others waited in line, ",
-        "HTTP/1.1 429 Too Many Requests",
-        "Retry-After: ",
-        "quota-exceeded",
-        "Every cap held.",
-        "What to try next",
-    ):
-        assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
-    assert list(folder.iterdir()) == []
-
-
-def test_the_demo_shows_one_cap_hold_over_two_servers(demos: Callable[[str], Demo]) -> None:
-    """Two worker processes of each, one Redis of the demo's own; it leaves nothing behind."""
-    done, folder = demos("redis")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for word in (
-        "store: redis, 2 processes of each server",
-        "gunicorn 2x32 and uvicorn x2, one Redis",
-        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
-        "3, 3",
-        "labels: 4 at a time for each user, the others waited in line, ",
-        "Every cap held.",
-        "make demo-redis",
-    ):
-        assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
-    assert list(folder.iterdir()) == []
 
 
 def test_without_a_redis_server_the_demo_says_what_to_install(run_python: Run, tmp_path: Path) -> None:
@@ -142,15 +102,6 @@ def _evalshas(client: Any) -> int:
     return sum(int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval"))
 
 
-def test_the_demo_fails_when_nothing_is_limited(demos: Callable[[str], Demo]) -> None:
-    """It believes the views, so with the limits off it says which caps were broken."""
-    done, _ = demos("unlimited")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "of user-reports was broken" in done.stdout
-    assert "nobody waited for labels" in done.stdout
-    assert "Every cap held" not in done.stdout
-
-
 @pytest.fixture
 def gauge(root: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """The example's gauge, imported the way that its site imports it."""
@@ -182,3 +133,51 @@ def test_the_gauge_counts_out_whoever_raises(gauge: object, tmp_path: Path, monk
         raise KeyError
     found = gauge.read(file)["view"]  # type: ignore[attr-defined]
     assert (found.admitted, found.most, found.inside) == (1, 1, 0)
+
+
+def test_the_demo_shows_every_cap_hold(demos: Callable[[str], Demo]) -> None:
+    """Both servers, every kind of view, one rejection in full; it leaves nothing behind."""
+    done, folder = demos("alone")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (
+        "store: ",
+        "gunicorn",
+        "uvicorn",
+        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
+        "dashboard",
+        "3, 3",
+        "labels: 4 at a time for each user, the others waited in line, ",
+        "HTTP/1.1 429 Too Many Requests",
+        "Retry-After: ",
+        "quota-exceeded",
+        "Every cap held.",
+        "What to try next",
+    ):
+        assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
+    assert list(folder.iterdir()) == []
+
+
+def test_the_demo_shows_one_cap_hold_over_two_servers(demos: Callable[[str], Demo]) -> None:
+    """Two worker processes of each, one Redis of the demo's own; it leaves nothing behind."""
+    done, folder = demos("redis")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (
+        "store: redis, 2 processes of each server",
+        "gunicorn 2x32 and uvicorn x2, one Redis",
+        *("user-reports", "exports", "partners", "downloads", "live-feeds", "api-users", "heavy-jobs", "site-shadow"),
+        "3, 3",
+        "labels: 4 at a time for each user, the others waited in line, ",
+        "Every cap held.",
+        "make demo-redis",
+    ):
+        assert word in done.stdout, f"{word!r} is not in\n{done.stdout}"
+    assert list(folder.iterdir()) == []
+
+
+def test_the_demo_fails_when_nothing_is_limited(demos: Callable[[str], Demo]) -> None:
+    """It believes the views, so with the limits off it says which caps were broken."""
+    done, _ = demos("unlimited")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "of user-reports was broken" in done.stdout
+    assert "nobody waited for labels" in done.stdout
+    assert "Every cap held" not in done.stdout

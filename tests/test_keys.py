@@ -40,6 +40,7 @@ from django_concurrency_mw.outcomes import Asked, Key, KeyMissing, Slot
 from django_concurrency_mw.policies import Policy
 
 from .asgi_driver import Exchange
+from .chaos import LONG
 from .support import OURS, Limits, _Middleware, await_until, held, named, nothing_held, run_async, wait_until
 from .views import Deliberate, switch
 
@@ -1102,7 +1103,9 @@ class ByPolicy(MemoryBackend):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some charsets that Python knows warn as Django decodes
 @given(sent=sendable)
 @hypothesis_settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=150 if LONG else 90,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(sent=Sent(query="page=1", headers={"Content-Type": "text/plain; charset=undefined"}))
 @example(sent=Sent(query="page=1", headers={"Content-Type": "text/plain; charset=hex"}))

@@ -28,6 +28,7 @@ from .asgi_driver import Exchange, fetch
 from .chaos import LONG
 from .support import (
     OURS,
+    SOON,
     Limits,
     Raises,
     Replaces,
@@ -410,7 +411,7 @@ def test_a_loop_that_ends_right_after_the_cancel_leaves_nothing(limits: Limits) 
     in_the_view = threading.Event()
 
     async def main() -> None:
-        view = asyncio.create_task(sync_to_async(in_the_view.wait)(10))
+        view = asyncio.create_task(sync_to_async(in_the_view.wait)(SOON))
         await asyncio.sleep(0.05)
         task = asyncio.create_task(release_cancelled(end(request) or Lease()))
         await asyncio.sleep(0.05)

@@ -25,7 +25,7 @@ from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.outcomes import Slot, TakeReply
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, named, nothing_held, run_async, stores_work, wait_until, works_again
+from .support import OURS, SOON, Limits, named, nothing_held, run_async, stores_work, wait_until, works_again
 from .views import Deliberate, held, switch
 
 pytestmark = pytest.mark.urls("tests.matching_urls")
@@ -385,12 +385,12 @@ class Inside:
         switch.stop_at = 0
         self.thread = threading.Thread(target=ask, args=("wsgi", self.path))
         self.thread.start()
-        assert switch.entered.wait(5)
+        assert switch.entered.wait(SOON)
         switch.stop_at = None
 
     def __exit__(self, *args: object) -> None:
         switch.go.set()
-        self.thread.join(5)
+        self.thread.join(SOON)
 
 
 @both_halves
@@ -578,8 +578,12 @@ class TestOnBackendError:
         assert json.loads(ask(half, "/told/")[2])["policies"][0][2] == "unprotected"
 
     @pytest.mark.parametrize("mode", ["local", "allow", "deny"])
-    def test_a_reply_that_is_lost(self, limits: Limits, half: str, stores: dict[str, Any], mode: str) -> None:
+    def test_a_reply_that_is_lost(
+        self, limits: Limits, half: str, stores: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The store took a slot that nobody knows of: the keeper gives it back once the store answers again."""
+        monkeypatch.setattr("django_concurrency_mw.keeper.RETRY_EVERY", 0.02)
+        monkeypatch.setattr(health, "PROBE_EVERY", 0.02)
         limits(table(p=remote()), middleware=[OURS], BACKENDS=stores, ON_BACKEND_ERROR=mode)
         Switchable.down = "lost"
         assert ask(half, "/told/")[0] == (503 if mode == "deny" else 200)

@@ -18,14 +18,14 @@ from django_concurrency_mw import backends, concurrency_limit, health, lease, re
 from django_concurrency_mw.backends.memory import MemoryBackend
 
 from .asgi_driver import Exchange
-from .support import OURS, Limits, await_until, exit_code, held, nothing_held, run_async
+from .support import OURS, SOON, Limits, await_until, exit_code, held, nothing_held, run_async
 
 in_the_key, go, ended = threading.Event(), threading.Event(), threading.Event()
 
 
 def slow_key(request: HttpRequest) -> str:
     in_the_key.set()
-    go.wait(5)
+    go.wait(SOON)
     return "k"
 
 
@@ -184,7 +184,7 @@ def test_a_lock_that_was_held_when_it_forked_does_not_stop_the_child(lock: Any) 
     with lock():
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if lock().acquire(timeout=2) else 1)
+            os._exit(0 if lock().acquire(timeout=SOON) else 1)
     assert exit_code(pid) == 0
 
 
@@ -206,7 +206,7 @@ class OneHangs(MemoryBackend):
     def take(self, slots: Any) -> Any:
         if not self.hanging.is_set():
             self.hanging.set()
-            self.timed_out.wait(5)
+            self.timed_out.wait(SOON)
         raise TimeoutError("no answer")
 
 
@@ -220,7 +220,7 @@ def test_during_an_outage_those_who_only_ask_count_for_nothing(limits: Limits) -
 
     waiting = threading.Thread(target=lambda: view(RequestFactory().get("/")))
     waiting.start()
-    assert OneHangs.hanging.wait(5)
+    assert OneHangs.hanging.wait(SOON)
     status = view(RequestFactory().get("/")).status_code
     OneHangs.timed_out.set()
     waiting.join()

@@ -28,7 +28,7 @@ from django_concurrency_mw.tokens import new_token, process_id
 
 from .conftest import ROOT
 from .redis_server import RedisServer
-from .support import Limits, everything, exit_code, wait_until
+from .support import SOON, Limits, everything, exit_code, wait_until
 from .views import held, switch
 
 KINDS = ["memory", "redis", *(["host"] if has_host() else [])]
@@ -43,7 +43,7 @@ def config(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> Backe
     """Of one store of each kind, with nothing in it."""
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
-        return BackendConfig("default", "redis", server.url, prefix, {"socket_timeout": 2})
+        return BackendConfig("default", "redis", server.url, prefix, {"socket_timeout": 5})
     options = {"path": tmp_path / "table", "slots": 256} if request.param == "host" else {}
     return BackendConfig("default", request.param, None, prefix, options)
 
@@ -472,14 +472,14 @@ class TestProcesses:
         ]
         try:
             tokens = {each.stdout.readline().strip(): each.pid for each in running if each.stdout for _ in range(2)}
-            assert wait_until(lambda: list(make().counts([slot()])) == [5], 10)
+            assert wait_until(lambda: list(make().counts([slot()])) == [5])
             store = make()
             if config.backend == "host":  # its table knows at once
                 assert {tokens[one.token]: one.pid for one in store.snapshot() if one.token in tokens} == {
                     each.pid: each.pid for each in running
                 }
             for each in running:
-                _, _ = each.communicate("end\n", timeout=20)
+                _, _ = each.communicate("end\n", timeout=120)
                 assert each.returncode == 0
         finally:
             for each in running:
@@ -524,7 +524,7 @@ class TestProcesses:
                 try:
                     reached = threading.Thread(target=lambda: peaks.seen(store, (slot(),), (2,)), daemon=True)
                     reached.start()
-                    reached.join(5)
+                    reached.join(SOON)
                     code = 0 if dict(window(store)) == {"p": 2} else 2
                 finally:
                     os._exit(code)

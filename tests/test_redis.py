@@ -11,6 +11,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -33,7 +34,7 @@ from django_concurrency_mw.tokens import new_token
 from .chaos import LONG
 from .proxy import Proxy, between
 from .redis_server import RedisServer
-from .support import await_until, exit_code, wait_until
+from .support import SOON, await_until, exit_code, wait_until
 
 
 @pytest.fixture
@@ -43,19 +44,44 @@ def store(redis_server: RedisServer, prefix: str) -> Iterator[RedisBackend]:
 
 @pytest.fixture
 def through_proxy(proxy: Proxy, prefix: str) -> Iterator[RedisBackend]:
-    yield from made(proxy.url, prefix, socket_timeout=0.25)
+    yield from made(proxy.url, prefix)
+
+
+#: Seconds of an impatient store.
+BRIEF = 0.25
+
+
+@contextmanager
+def impatient(store: RedisBackend) -> Iterator[None]:
+    """It waits BRIEF, for what the test is about alone: before that a busy machine may answer later."""
+    recipe = store._recipe
+    patient = recipe.timeout
+
+    def wait(seconds: float) -> None:
+        recipe.timeout = seconds
+        for mux in store._muxes.values():
+            mux._timeout = seconds
+            if mux._timer is not None:  # it would look after that time only
+                mux._timer.cancel()
+                mux._timer = None
+
+    wait(BRIEF)
+    try:
+        yield
+    finally:
+        wait(patient)
 
 
 def made(url: str, prefix: str, **options: Any) -> Iterator[RedisBackend]:
     # A busy machine may answer late; what a deadline is about has its own tests, through_proxy.
-    options = {"socket_timeout": 2, **options}
+    options = {"socket_timeout": 5, **options}
     store = RedisBackend(BackendConfig("default", "redis", url, prefix, options))
     yield store
     store.close()
 
 
 #: How often all connections are killed under load.
-KILLS = 200 if LONG else 70
+KILLS = 200 if LONG else 40
 
 
 def many(number: int, enough: Callable[[], bool], seconds: float = 60) -> Iterator[int]:
@@ -116,7 +142,7 @@ class TestOneScript:
         store.take([wrong])
         assert isinstance(store.take([slot()]), Full)
         (holder,) = store.snapshot()
-        assert 59 < holder.lease_left <= 60
+        assert 50 < holder.lease_left <= 60
 
     def test_one_round_trip_for_three_policies_and_three_zrem_in_one_packet(
         self, redis_server: RedisServer, proxy: Proxy, through_proxy: RedisBackend
@@ -176,7 +202,7 @@ class TestOneScript:
                     assert isinstance(await store.atake([one]), Taken)
                     await store.agive([one])
 
-            await asyncio.gather(*(some(first) for first in range(0, 20_000, 500)))
+            await asyncio.gather(*(some(first) for first in range(0, 20_000 if LONG else 8_000, 500)))
 
         asyncio.run(main())
         assert wait_until(lambda: list(redis_server.client().scan_iter(f"{{{prefix}}}*")) == [])
@@ -258,9 +284,9 @@ class TestThreads:
         through_proxy.take([slot("warm")])
         proxy.delay = lambda: 0.4
         start = monotonic()
-        with pytest.raises(BackendError):
+        with impatient(through_proxy), pytest.raises(BackendError):
             through_proxy.take([slot("late")])
-        assert monotonic() - start < 5 * through_proxy._recipe.timeout
+        assert monotonic() - start < 5 * BRIEF
         proxy.delay = lambda: 0.0
         assert wait_until(lambda: [h.policy for h in through_proxy.snapshot()] == ["warm"])
         assert wait_until(lambda: taken(through_proxy, slot("late")))
@@ -336,10 +362,10 @@ class TestThreads:
 class TestOneDeadline:
     """`socket_timeout` covers connecting, the handshake and the reply together, in both halves."""
 
-    def measure(self, store: RedisBackend, half: str) -> float:
+    def measure(self, store: RedisBackend, half: str, patience: Any = impatient) -> float:
         take = store.take if half == "threads" else partial(_take_on_a_loop, store)
         start = monotonic()
-        with pytest.raises(BackendError):
+        with patience(store), pytest.raises(BackendError):
             take([slot()])
         return monotonic() - start
 
@@ -347,19 +373,19 @@ class TestOneDeadline:
     def test_a_slow_network(self, through_proxy: RedisBackend, proxy: Proxy, half: str) -> None:
         """100 ms each way: a handshake of several steps alone would take half a second, each step within its timeout."""
         proxy.delay = lambda: 0.1
-        assert self.measure(through_proxy, half) < 5 * 0.25
+        assert self.measure(through_proxy, half) < 5 * BRIEF
 
     @pytest.mark.parametrize("half", ["threads", "loop"])
     def test_a_black_hole(self, through_proxy: RedisBackend, proxy: Proxy, half: str) -> None:
         proxy.black_hole = True
-        assert 0.2 < self.measure(through_proxy, half) < 5 * 0.25
+        assert 0.8 * BRIEF < self.measure(through_proxy, half) < 5 * BRIEF
 
     @pytest.mark.parametrize("half", ["threads", "loop"])
     def test_a_port_that_refuses_is_known_at_once(self, prefix: str, half: str) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             store = next(made(f"redis://127.0.0.1:{taken.getsockname()[1]}/0", prefix))
-            assert self.measure(store, half) < 1
+            assert self.measure(store, half, nullcontext) < 2, "of the five seconds that it has"
 
 
 def _take_on_a_loop(store: RedisBackend, slots: Sequence[Slot]) -> Any:
@@ -393,7 +419,7 @@ class TestLoops:
         self, redis_server: RedisServer, proxy: Proxy, prefix: str
     ) -> None:
         """Through a network of 0 to 10 ms each way, a cancel at any moment of the request."""
-        (store,) = [next(made(proxy.url, prefix, socket_timeout=2))]
+        (store,) = [next(made(proxy.url, prefix, socket_timeout=5))]
         proxy.delay = between(0, 0.01)
         admitted = [0]
 
@@ -419,7 +445,7 @@ class TestLoops:
         assert proxy.connections <= 2
         assert drained(redis_server, prefix), redis_server.held(prefix)
 
-    def test_cut_a_hundred_times_with_packets_under_way(
+    def test_cut_again_and_again_with_packets_under_way(
         self, redis_server: RedisServer, proxy: Proxy, prefix: str
     ) -> None:
         (store,) = [next(made(proxy.url, prefix, socket_timeout=1))]
@@ -441,7 +467,7 @@ class TestLoops:
                         await store.agive([mine])
 
             tasks = [asyncio.create_task(work()) for _ in range(20)]
-            for _ in many(100, lambda: admitted[0] > 100):
+            for _ in many(100 if LONG else 45, lambda: admitted[0] > 100):
                 await asyncio.sleep(random.uniform(0, 0.05))
                 await asyncio.get_running_loop().run_in_executor(None, proxy.cut)
             ended = True
@@ -469,14 +495,15 @@ class TestLoops:
             asking.cancel()
             await asyncio.get_running_loop().run_in_executor(None, proxy.cut_clients)
             await store.agive([mine, warm])
-            await asyncio.sleep(0.8)
+            assert await await_until(lambda: redis_server.held(prefix) == 0)
+            await asyncio.sleep(0.5)  # what was under way would have arrived
 
         asyncio.run(main())
         assert redis_server.held(prefix) == 0
         assert proxy.connections == 2
 
     def test_killed_again_and_again_under_load_no_call_fails(self, redis_server: RedisServer, prefix: str) -> None:
-        (store,) = [next(made(redis_server.url, prefix, socket_timeout=2))]
+        (store,) = [next(made(redis_server.url, prefix, socket_timeout=5))]
         admitted = [0]
 
         async def main() -> None:
@@ -501,19 +528,33 @@ class TestLoops:
         assert admitted[0] > 200
         assert drained(redis_server, prefix), redis_server.held(prefix)
 
-    def test_a_late_reply_leaves_no_slot(self, through_proxy: RedisBackend, proxy: Proxy) -> None:
+    def test_a_late_reply_leaves_no_slot(
+        self, through_proxy: RedisBackend, proxy: Proxy, redis_server: RedisServer
+    ) -> None:
         """Nobody but the store itself can release it in time: behind the acquire, on its connection."""
+
+        def takes() -> int:
+            with redis_server.client() as client:
+                return int(client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+
+        def held() -> list[str]:
+            return [holder.policy for holder in through_proxy.snapshot()]
 
         async def main() -> None:
             await through_proxy.atake([slot("warm")])
+            before = takes()
             proxy.delay = lambda: 0.4
-            with pytest.raises(BackendError):
+            with impatient(through_proxy), pytest.raises(BackendError):
                 await through_proxy.atake([slot("late")])
             proxy.delay = lambda: 0.0
-            await asyncio.sleep(1)
+            assert await await_until(lambda: takes() > before), "it was not carried out"
+            for _ in range(200):  # while the loop is still running
+                if await asyncio.to_thread(held) == ["warm"]:
+                    return
+                await asyncio.sleep(0.05)
 
         asyncio.run(main())
-        assert wait_until(lambda: [holder.policy for holder in through_proxy.snapshot()] == ["warm"])
+        assert held() == ["warm"]
 
     def test_200_loops_leave_no_socket(self, store: RedisBackend, redis_server: RedisServer, prefix: str) -> None:
         async def request() -> None:
@@ -559,17 +600,17 @@ class TestLoops:
                 mux.retry_now()
                 await asyncio.sleep(0)
                 owner.cancel()
-            done, _ = await asyncio.wait([owner], timeout=2)
+            done, _ = await asyncio.wait([owner], timeout=SOON)
             assert done == {owner}
             await asyncio.wait([waiting], timeout=2)
 
         asyncio.run(main())
 
     def test_a_loop_that_ends_at_once_leaves_its_releases_to_the_next_connection(
-        self, through_proxy: RedisBackend, proxy: Proxy, redis_server: RedisServer, prefix: str
+        self, proxy: Proxy, redis_server: RedisServer, prefix: str
     ) -> None:
-        """Its last release cannot be sent any more: the network is gone when the loop ends."""
-        store = through_proxy
+        """Its last release cannot be sent any more: the network is gone when the loop ends, which waits for it so long."""
+        (store,) = [next(made(proxy.url, prefix, socket_timeout=1))]
 
         async def request() -> None:
             mine = slot(limit=10_000)

@@ -62,7 +62,7 @@ def server() -> Iterator[RedisServer]:
 def made(prefix: str) -> Iterator[Callable[..., RedisBackend]]:
     stores: list[RedisBackend] = []
 
-    def make(url: str, socket_timeout: float = 1) -> RedisBackend:
+    def make(url: str, socket_timeout: float = 5) -> RedisBackend:
         options = {"socket_timeout": socket_timeout}
         stores.append(RedisBackend(BackendConfig("default", "redis", url, prefix, options)))
         return stores[-1]
@@ -261,7 +261,7 @@ def nobody_there(server: RedisServer) -> Iterator[str]:
 
 
 #: Seconds that a request waits for a server which sends event loops in search of a master until then.
-PATIENCE = 0.25
+PATIENCE = 0.5
 PASSWORD, USER, SERVER = "`username` and `password`", "the ACL user of LOCATION may not", "do not rename the commands"
 PERMANENT: dict[Fault, str] = {
     no_password: PASSWORD,
@@ -312,7 +312,7 @@ def test_what_goes_by(
     server: RedisServer, site: Site, made: Make, told: list[bool], caplog: pytest.LogCaptureFixture, fault: Fault
 ) -> None:
     with broken(fault, server) as (url, mend):
-        store = made(url, PATIENCE if fault is read_only else 1)
+        store = made(url, PATIENCE if fault is read_only else 5)
         assert site.state(store) == "local"
         failure = store.failure
         assert isinstance(failure, BackendError)
@@ -345,7 +345,7 @@ class Probes:
 @pytest.mark.parametrize("fault", [read_only, out_of_memory, busy, snapshots_fail], ids=name)
 def test_what_is_given_back_meanwhile(server: RedisServer, site: Site, made: Make, prefix: str, fault: Fault) -> None:
     """It is carried out when that can be; when memory is short, at once."""
-    store = made(server.url, PATIENCE if fault is read_only else 1)
+    store = made(server.url, PATIENCE if fault is read_only else 5)
     for _ in range(3):
         assert site.state(store) == "held"
     assert server.held(prefix) == 3
@@ -409,7 +409,7 @@ class TestOneKeyOfAnotherType:
         for lease in leases:
             only(lease).ends -= 30
         look(*leases)
-        assert [round(only(lease).ends - monotonic()) for lease in leases] == [60, 60, 60]
+        assert all(50 < only(lease).ends - monotonic() <= 60 for lease in leases), "not 30"
         assert not any(only(lease).lost for lease in leases), "who knows"
         assert store.failure is None
 
@@ -626,7 +626,7 @@ class TestCheck:
     """`manage.py check` asks each store once."""
 
     def found(self, limits: Limits, url: str, prefix: str, **options: Any) -> list[CheckMessage]:
-        options = {"socket_timeout": 1, **options}
+        options = {"socket_timeout": 5, **options}
         limits(
             everything(),
             BACKENDS={"default": {"BACKEND": "redis", "LOCATION": url, "KEY_PREFIX": prefix, "OPTIONS": options}},

@@ -34,7 +34,7 @@ from .conftest import Run
 from .proxy import Proxy
 from .redis_server import RedisServer
 from .servers import free_port
-from .support import await_until, wait_until
+from .support import SOON, await_until, wait_until
 
 REDIS = "django_concurrency_mw.backends.redis"
 Make = Callable[..., RedisBackend]
@@ -48,7 +48,7 @@ def make(redis_server: RedisServer, proxy: Proxy, prefix: str) -> Iterator[Make]
 
     def make(url: str = redis_server.url, **options: Any) -> RedisBackend:
         # A busy machine may answer late; a test that is about the deadline sets it.
-        store = RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 2, **options}))
+        store = RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 5, **options}))
         made.append(store)
         return store
 
@@ -160,7 +160,7 @@ from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Slot
 from django_concurrency_mw.policies import Policy
 
-store = RedisBackend(BackendConfig("default", "redis", os.environ["URL"], os.environ["PREFIX"], {"socket_timeout": 2}))
+store = RedisBackend(BackendConfig("default", "redis", os.environ["URL"], os.environ["PREFIX"], {"socket_timeout": 5}))
 one = Slot("p", make_key("k"), 1, 60.0, "token")
 lease = Lease()
 
@@ -215,11 +215,11 @@ class TestAtExit:
 
         def deliver() -> None:
             started.set()
-            go.wait(5)
+            go.wait(SOON)
             ended.set()
 
         mine.at(0, deliver)
-        assert started.wait(5)
+        assert started.wait(SOON)
         timer = threading.Timer(0.1, go.set)
         timer.start()
         mine.flush()
@@ -618,7 +618,7 @@ class TestReleasesHaveAnEnd:
         assert wait_until(lambda: policies(store) == ["short"])
 
     def test_of_a_loop(self, make: Make, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-        store, both = make(proxy.url, socket_timeout=0.5), [slot("long", ttl=600), slot("short", ttl=50)]
+        store, both = make(proxy.url), [slot("long", ttl=600), slot("short", ttl=50)]
 
         def heal() -> None:
             proxy.cut()
@@ -701,8 +701,9 @@ class TestHalfHeard:
         self, make: Make, proxy: Proxy, redis_server: RedisServer, prefix: str
     ) -> None:
         """Its release was lost on the way. It must not stand before the others for ever."""
-        store, one = make(proxy.url, socket_timeout=0.1), slot()
+        store, one = make(proxy.url), slot()
         store.take([one])
+        store._recipe.timeout = 0.1
         proxy.drop_replies = True
         store.give([one])
         hear_idle(store)

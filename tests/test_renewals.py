@@ -35,9 +35,10 @@ from django_concurrency_mw.renewals import renew
 from django_concurrency_mw.steps import acquire
 from django_concurrency_mw.tokens import new_token
 
+from .chaos import LONG
 from .proxy import Proxy, between
 from .redis_server import RedisServer
-from .support import wait_until, works_again
+from .support import SOON, wait_until, works_again
 from .test_steps import BACKENDS, Unreliable
 
 _numbers = count()
@@ -172,8 +173,8 @@ class TestWhatTheStoreLost:
         next_look = look(lease)
         assert store.tokens() == before
         assert store.restored == [2]
-        assert 15 < next_look - monotonic() <= 20
-        assert all(59 < holder.lease_left <= 60 for holder in store.snapshot())
+        assert 10 < next_look - monotonic() <= 20
+        assert all(50 < holder.lease_left <= 60 for holder in store.snapshot())
         (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert record.getMessage() == "backend default had lost 2 holders that still run; they are counted again"
         look(lease)
@@ -336,7 +337,7 @@ class TestTogether:
         """Redis is asked in several commands, which are one call to us."""
         leases = [take(store, policy(limit=2000)) for _ in range(1001)]
         store.lose()
-        assert look(*leases) - monotonic() > 15, "it could not tell what was restored"
+        assert look(*leases) - monotonic() > 10, "it could not tell what was restored"
         assert (store.renewed, store.restored) == ([1001], [1001])
         assert len(store.tokens()) == 1001
         for lease in leases:
@@ -354,7 +355,7 @@ class TestAStandIn:
         look(lease)
         assert store.tokens() == sorted([held.slot.token, only(full).slot.token])
         assert not held.local
-        assert 19 < held.due - monotonic() <= 20
+        assert 10 < held.due - monotonic() <= 20
         look(lease)
         assert (store.renewed, store.restored) == ([1], [1])
         lease.release()
@@ -400,7 +401,7 @@ class TestAStandIn:
         only(lease).since -= 20
         look(lease)
         (holder,) = store.snapshot()
-        assert 9 < holder.lease_left <= 10
+        assert 1 < holder.lease_left <= 10
         assert only(lease).ends <= only(lease).last
 
     @pytest.mark.parametrize("fields", [{"max_age": 30}, {"renew": False, "ttl": 30}], ids=["max_age", "no renewal"])
@@ -417,7 +418,7 @@ class TestAStandIn:
         only(lease).since -= 20
         assert look(lease) == NEVER
         (holder,) = store.snapshot()
-        assert 9 < holder.lease_left <= 10
+        assert 1 < holder.lease_left <= 10
         assert look(lease) == NEVER
         assert (store.renewed, store.restored) == ([], [1])
 
@@ -481,7 +482,7 @@ class TestReleasedMeanwhile:
         assert wait_until(lambda: store.tokens() != [])
         looked = threading.Event()
         keeper.at(0.15, looked.set)
-        assert looked.wait(5)
+        assert looked.wait(SOON)
         lease.release()
         store.fails = None
         assert works_again(store)
@@ -566,9 +567,9 @@ class TestOnRedis:
         arguments = sent[-1].split(b"\r\n")
         until = [int(arguments[arguments.index(slot.token.encode()) - 6]) for slot in slots]
         now = seconds * 1000 + micros // 1000
-        assert now < until[1] <= now + 600
+        assert now < until[1] <= now + 10_000
         assert until[0] > now + 10**11
-        assert now < int(arguments[-2]) <= now + 1000 * RESTORE_WITHIN + 500
+        assert now < int(arguments[-2]) <= now + 1000 * RESTORE_WITHIN + 10_000
         redis.give(slots)
 
     def test_a_restored_holders_key_ends_with_its_lease(
@@ -577,32 +578,34 @@ class TestOnRedis:
         one, two = (Slot("p", make_key("k"), 5, 60.0, new_token()) for _ in range(2))
         assert redis.restore([Restore(one, 0.2, NEVER), Restore(two, 30, NEVER)]) == [True, True]
         (key,) = redis_server.client().scan_iter(f"{{{prefix}}}*")
-        assert 29_000 < redis_server.client().pttl(key) <= 30_000
+        assert 20_000 < redis_server.client().pttl(key) <= 30_000
         assert redis.restore([Restore(one, 0.1, NEVER)]) == [True]
-        assert 29_000 < redis_server.client().pttl(key) <= 30_000
+        assert 20_000 < redis_server.client().pttl(key) <= 30_000
         redis.give([one, two])
 
     def test_tombstones_end_with_the_lease_and_leave_no_key(
         self, redis: RedisBackend, redis_server: RedisServer, prefix: str
     ) -> None:
-        short, long = Slot("p", make_key("k"), 5, 0.3, new_token()), Slot("p", make_key("k"), 5, 30.0, new_token())
+        short, long, brief = (Slot("p", make_key("k"), 5, ttl, new_token()) for ttl in (10.0, 30.0, 0.3))
         client = redis_server.client()
         redis.take([short])
         redis.take([long])
         assert redis.evict(long.token)
         assert redis.evict(short.token)
         assert list(client.scan_iter(f"{{{prefix}}}*")) == [redis._keys.tombstones]
-        assert 29_000 < client.pttl(redis._keys.tombstones) <= 30_000
+        assert 20_000 < client.pttl(redis._keys.tombstones) <= 30_000
         assert client.zcard(redis._keys.tombstones) == 2
         assert redis_server.held(prefix) == 0
         assert list(redis.snapshot()) == []
         client.delete(redis._keys.tombstones)
-        redis.take([short])
-        assert redis.evict(short.token)
-        assert 0 < client.pttl(redis._keys.tombstones) <= 300
+        redis.take([brief])
+        redis.evict(brief.token)
+        left = client.pttl(redis._keys.tombstones)
+        assert left <= 300, "no longer than the lease"
+        assert left != -1, "and not for ever"
         assert wait_until(lambda: list(client.scan_iter(f"{{{prefix}}}*")) == [])
-        assert redis.restore([Restore(short, 1, NEVER)]) == [True], "it is over"
-        redis.give([short])
+        assert redis.restore([Restore(brief, 60, NEVER)]) == [True], "it is over"
+        redis.give([brief])
 
     def test_old_tombstones_go_when_a_new_one_comes(self, redis: RedisBackend, redis_server: RedisServer) -> None:
         client = redis_server.client()
@@ -641,8 +644,8 @@ class TestOnRedis:
         for slot in slots:  # evict() takes them in whatever order the server names them
             (key,) = client.scan_iter(redis._keys.prefix + f"{slot.policy}:*".encode())
             assert client.eval(wire.EVICT.text, 2, key, redis._keys.tombstones, wire.member(slot), token) == 1  # type: ignore[arg-type]
-        assert 29_000 < client.pttl(redis._keys.tombstones) <= 30_000
-        assert _scores(redis, redis_server)[0] > _ms(redis_server) + 29_000
+        assert 20_000 < client.pttl(redis._keys.tombstones) <= 30_000
+        assert _scores(redis, redis_server)[0] > _ms(redis_server) + 20_000
 
 
 def _ms(server: RedisServer) -> float:
@@ -775,22 +778,20 @@ class Apart(BaseBackend):
         return self.far.restore(holders)
 
 
-def test_three_thousand_requests_that_end_around_their_renewal(
-    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_end_around_their_renewal(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a store that loses everything a few times a second, and a keeper whose words arrive late.
 
-    The leases are long, as a slot that is left behind must not be hidden by its end; their renewals are due as if they
-    were of 0.3 s.
+    Three thousand requests in the long run, in the short one as many as it takes to see enough. The leases are long, as a
+    slot that is left behind must not be hidden by its end; their renewals are due as if they were of 0.3 s.
     """
-    ttl, requests, at_once = 60.0, 3000, 56
+    ttl, requests, at_once = 60.0, 3000 if LONG else 1000, 56
     monkeypatch.setattr(held_module, "RENEW_AFTER", 0.1 / ttl)
     monkeypatch.setattr(renewals, "EARLY", 0.01 / ttl)
     prefix = f"race-{next(_numbers)}"
     proxy = Proxy(redis_server.port)
     proxy.delay = between(0, 0.03)
     near, far = (
-        RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 2}))
+        RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 5}))
         for url in (redis_server.url, proxy.url)
     )
     store = Apart(near, far)
@@ -842,10 +843,13 @@ def test_three_thousand_requests_that_end_around_their_renewal(
     flushing = threading.Thread(target=flush)
     flushing.start()
     try:
-        with ThreadPoolExecutor(at_once) as pool:
-            done = pool.map(in_a_thread, range(requests // 2))
-            asyncio.run(on_a_loop())
-            list(done)
+        for _ in range(20):
+            with ThreadPoolExecutor(at_once) as pool:
+                done = pool.map(in_a_thread, range(requests // 2))
+                asyncio.run(on_a_loop())
+                list(done)
+            if errors or (store.renewed > 500 and store.restored > 50 and sum(meanwhile) > 10):
+                break
     finally:
         ended.set()
         flushing.join()
@@ -854,7 +858,7 @@ def test_three_thousand_requests_that_end_around_their_renewal(
         assert wait_until(lambda: redis_server.held(prefix) == 0), redis_server.held(prefix)
         settled = threading.Event()
         keeper.at(2 * RESTORE_WITHIN / 4, settled.set)  # whatever the keeper has still under way
-        assert settled.wait(10)
+        assert settled.wait(SOON)
         assert redis_server.held(prefix) == 0
         assert store.renewed > 500
         assert store.restored > 50

@@ -39,7 +39,7 @@ from django_concurrency_mw.tokens import new_token
 
 from .proxy import Proxy
 from .redis_server import RedisServer
-from .support import EARLIER, await_until, exit_code, run_async, wait_until
+from .support import EARLIER, SOON, await_until, exit_code, run_async, wait_until
 
 LONG = 60.0
 Mode = Literal["local", "allow", "deny"]
@@ -90,7 +90,7 @@ class Hangs(Memory):
 
     def probe(self) -> None:
         self.probing.set()
-        self.go.wait(10)
+        self.go.wait(SOON)
 
 
 class LateAndLost(BaseBackend):
@@ -106,7 +106,7 @@ class LateAndLost(BaseBackend):
         reply = super().take(slots)  # type: ignore[safe-super]  # of the store that this is mixed into
         if name == "late":
             self.executed.set()
-            self.go.wait(10)
+            self.go.wait(SOON)
         return reply
 
 
@@ -148,7 +148,7 @@ def connect(redis_server: RedisServer) -> Iterator[Connect]:
 
     def connect(kind: type[RedisBackend] = RedisBackend, url: str = redis_server.url, **options: Any) -> RedisBackend:
         prefix = f"resilience-{os.getpid()}-{next(_numbers)}"
-        store = kind(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 2, **options}))
+        store = kind(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 5, **options}))
         made.append(store)
         return store
 
@@ -296,7 +296,7 @@ def test_a_stand_in_that_is_registered_before_a_late_reply(kind: str, connect: C
 
     late, lost = threading.Thread(target=request, name="late"), threading.Thread(target=request, name="lost")
     late.start()
-    assert store.executed.wait(5)
+    assert store.executed.wait(SOON)
     lost.start()
     lost.join()
     assert state(entered["lost"][1]) == "local"
@@ -363,7 +363,7 @@ class TestRestores:
             lease, held = stand_in(store, policy())
             renew_now(lease)
             keeper.at(0, looked.set)
-        assert looked.wait(5)  # for a request that had ended, which this one had not
+        assert looked.wait(SOON)  # for a request that had ended, which this one had not
         with no_keeper():
             assert held.local
             assert tokens(store) == [held.slot.token]
@@ -414,10 +414,10 @@ class TestRenewals:
         dead = [Hangs(f"dead-{number}") for number in range(4)]
         for store in dead:
             health.failed(store, BackendError("down"), monotonic())
-        assert dead[0].probing.wait(5)
+        assert dead[0].probing.wait(SOON)
         good = Memory("good")
         lease = enter(good, policy(ttl=0.6))[0]
-        assert good.renewed.wait(5)
+        assert good.renewed.wait(SOON)
         assert all(store.failure is not None for store in dead)
         lease.release()
 
@@ -439,7 +439,7 @@ class TestRenewals:
         assert bad.asked
         assert debts_of(bad) == 1
         lease = enter(good, policy(ttl=0.6))[0]
-        assert good.renewed.wait(5)
+        assert good.renewed.wait(SOON)
         lease.release()
 
     def test_the_keeper_looks_again_after_anything_that_is_raised(self) -> None:
@@ -456,7 +456,7 @@ class TestRenewals:
         own = Keeper()
         own.renew_with(renew)
         own.look_at(monotonic())
-        assert again.wait(5)
+        assert again.wait(SOON)
 
     def test_a_short_lease_is_looked_at_in_time_after_a_look_that_came_before_its_reply(self) -> None:
         lease = Lease()
@@ -587,7 +587,7 @@ class TestBreaker:
                 return super().take(slots)
 
         def busy(go: threading.Event) -> Awaitable[Any]:
-            return asyncio.ensure_future(sync_to_async(go.wait, thread_sensitive=True)(10))
+            return asyncio.ensure_future(sync_to_async(go.wait, thread_sensitive=True)(SOON))
 
         async def main() -> None:
             for leaves in (False, True):
@@ -613,13 +613,13 @@ class TestBreaker:
 
             def take(self, slots: Sequence[Slot]) -> TakeReply:
                 self.began.set()
-                self.fail.wait(10)
+                self.fail.wait(SOON)
                 raise BackendError("no answer in time")
 
         store = Slow()
         waits = threading.Thread(target=enter, args=(store, policy(), "allow"))
         waits.start()
-        assert store.began.wait(5)
+        assert store.began.wait(SOON)
         health.failed(store, BackendError("the first of them"), monotonic())
         store.go.set()
         assert wait_until(lambda: store.failure is None)
@@ -664,7 +664,7 @@ def test_a_garbage_collection_may_ask_while_it_is_counted(monkeypatch: pytest.Mo
     counts = threading.Thread(target=lambda: outer.append(enter(store, policy("outer"))), daemon=True)
     try:
         counts.start()
-        counts.join(5)
+        counts.join(SOON)
     finally:
         gc.enable()
     assert not counts.is_alive()

@@ -105,4 +105,4 @@ def test_both_workers_of_each_server_take_part(site: Site) -> None:
                 crowd(port, "/busy/sync/", 8, 0.2)
             return int(client.scard("processes")) == 4
 
-        assert wait_until(all_four, 20)
+        assert wait_until(all_four)

@@ -17,7 +17,8 @@ from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import store_of
 from django_concurrency_mw.outcomes import Slot, Taken, TakeReply
 
-from .support import Limits
+from .chaos import LONG
+from .support import SOON, Limits
 from .test_limits import Site
 from .test_limits import backend as backend
 from .test_limits import drive as drive
@@ -109,7 +110,7 @@ def told() -> Iterator[Counter[str]]:
     signals.request_rejected.disconnect(receiver)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(3 if LONG else 1))
 def test_admissions_are_those_without_it_and_its_counts_those_of_a_replay(
     site: Site, told: Counter[str], seed: int
 ) -> None:
@@ -190,7 +191,7 @@ def test_under_many_threads_it_counts_what_a_replay_counts(
     turned_away: list[int] = []
 
     def client(pause: Callable[[], None]) -> None:
-        start.wait(5)
+        start.wait(SOON)
         for _ in range(60):
             try:
                 with hold("cap"), hold("shadow"):
@@ -203,7 +204,7 @@ def test_under_many_threads_it_counts_what_a_replay_counts(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(SOON)
     over = recorded.replay()
     assert turned_away
     assert over["shadow"] > 20

@@ -101,7 +101,7 @@ def host(request: pytest.FixtureRequest) -> BaseBackend:
 
 def redis(request: pytest.FixtureRequest) -> BaseBackend:
     server: RedisServer = request.getfixturevalue("redis_server")
-    return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}", {"socket_timeout": 2}))
+    return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}", {"socket_timeout": 5}))
 
 
 #: name -> a fresh store

@@ -9,7 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -19,14 +19,15 @@ from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, RequestFactory, override_settings
 
 from django_concurrency_mw import BackendError, checks, concurrency_limit, conf, hold, signals
-from django_concurrency_mw.backends import BaseBackend, get_backend
+from django_concurrency_mw import held as held_module
+from django_concurrency_mw.backends import BaseBackend, get_backend, snapshot_all
 from django_concurrency_mw.keys import digest_text
 from django_concurrency_mw.testing import aassert_no_slots_held, assert_no_slots_held, hold_slots
 
 from .conftest import Run
 from .queued import PATH, WAITING, standing
 from .redis_server import RedisServer
-from .support import OURS, Limits, await_until, backend_entry, run_async, wait_until
+from .support import OURS, SOON, Limits, await_until, backend_entry, run_async, wait_until
 from .views import Deliberate, switch
 
 Store = dict[str, Any]
@@ -43,6 +44,7 @@ def store(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> Store:
         "BACKEND": "redis",
         "KEY_PREFIX": prefix,
         "LOCATION": request.getfixturevalue("redis_server").url,
+        "OPTIONS": {"socket_timeout": 5},
     }
 
 
@@ -165,14 +167,16 @@ def test_the_settings_are_those_at_entry(site: None, prefix: str) -> None:
         assert_no_slots_held()
 
 
-def test_they_are_held_for_longer_than_a_lease(limits: Limits, store: Store) -> None:
-    brief = {"key": "global", "max_concurrent": 1, "ttl": 0.6}
+def test_they_are_held_for_longer_than_a_lease(limits: Limits, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All leases are renewed, whatever the policies say: they come to end later than a minute after they began."""
+    monkeypatch.setattr(held_module, "RENEW_AFTER", 0.05 / 60)
+    one = {"key": "global", "max_concurrent": 1, "ttl": 60}
     limits(
-        table(renewed=brief, unrenewed={**brief, "renew": False}, aged={**brief, "max_age": 0.6}),
+        table(renewed=one, unrenewed={**one, "renew": False}, aged={**one, "max_age": 60}),
         BACKENDS={"default": store},
     )
     with hold_slots("renewed"), hold_slots("unrenewed"), hold_slots("aged"):
-        sleep(0.8)
+        assert wait_until(lambda: all(holder.age + holder.lease_left > 60.1 for holder in snapshot_all()))
         assert sorted(policy for policy, _ in counts()) == ["aged", "renewed", "unrenewed"]
     assert counts() == {}
 
@@ -352,20 +356,20 @@ def test_each_holder_is_listed(site: None) -> None:
     switch.stop_at = 0
     thread = threading.Thread(target=get)
     thread.start()
-    assert switch.entered.wait(5)
+    assert switch.entered.wait(SOON)
     with hold_slots("whole", n=2), pytest.raises(AssertionError) as raised:
         assert_no_slots_held(timeout=0)
     first, *lines = str(raised.value).splitlines()
     assert first == "3 slots are held:"
     key = f"header:X-Client:{digest_text('ada')}"
     ages = [float(re.search(r"for (\d+\.\d) s", line)[1]) for line in lines]  # type: ignore[index]
-    assert max(ages) < 5
+    assert max(ages) < 60
     assert sorted(re.sub(r"\d+\.\d s", "N s", line) for line in lines) == [
         f"  policy report-exports, key {key!r}, for N s, path '/plain/' (backend default)",
         *["  policy whole, key 'global', for N s, path 'hold_slots()' (backend default)"] * 2,
     ]
     switch.go.set()
-    thread.join(5)
+    thread.join(SOON)
     assert_no_slots_held()
 
 
@@ -504,11 +508,14 @@ def test_it_waits_for_what_is_just_given_back(site: None) -> None:
 
 def test_it_waits_so_long_and_no_longer(site: None) -> None:
     with hold_slots("whole"):
-        for given, least, most in (({"timeout": 0.5}, 0.5, 2.0), ({"timeout": 0.1}, 0.1, 0.95)):
-            began = monotonic()
-            with pytest.raises(AssertionError):
-                assert_no_slots_held(**given)
-            assert least <= monotonic() - began < most
+        for given, tries in ((0.3, 1), (0.1, 3)):
+            took = []
+            for _ in range(tries):
+                began = monotonic()
+                with pytest.raises(AssertionError):
+                    assert_no_slots_held(timeout=given)
+                took.append(monotonic() - began)
+            assert given <= min(took) < 0.95, "not as long as it waits by itself"
 
 
 def test_on_an_event_loop_the_others_go_on(site: None) -> None:
@@ -531,7 +538,14 @@ def test_on_an_event_loop_the_others_go_on(site: None) -> None:
 def test_the_slots_of_another_process_are_seen(
     limits: Limits, prefix: str, redis_server: RedisServer, run_python: Run
 ) -> None:
-    backends = {"default": {"BACKEND": "redis", "KEY_PREFIX": prefix, "LOCATION": redis_server.url}}
+    backends = {
+        "default": {
+            "BACKEND": "redis",
+            "KEY_PREFIX": prefix,
+            "LOCATION": redis_server.url,
+            "OPTIONS": {"socket_timeout": 5},
+        }
+    }
     limits(EXPORTS, BACKENDS=backends)
     program = f"""
 import os, django

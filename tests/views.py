@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from time import sleep
@@ -48,7 +49,7 @@ class Switch:
         self.seen.append(held())
         if number == self.stop_at:
             self.entered.set()
-            if not self.go.wait(10):
+            if not self.go.wait(60):
                 raise TimeoutError("nobody let the view go on")
             self.seen.append(held())
 
@@ -212,7 +213,7 @@ class AsyncDecoratedClass(View):
 
 # -- for the servers: every view holds its slot for `DURATION` seconds and counts itself -----------------------------
 
-DURATION = 0.02
+DURATION = float(os.environ.get("TEST_DURATION", "0.02"))
 
 
 def busy(request: HttpRequest) -> HttpResponse:

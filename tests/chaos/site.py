@@ -1,7 +1,8 @@
 """A site that times what the middleware costs each request, and counts in memory how many are inside its views at once.
 
-`/work/` and `/awork/` hold a slot for `for` milliseconds of the query. The answer's headers say what the middleware cost
-(`X-Ours`, seconds), and what the policy's word was (`X-State`). `/gauge/` tells and resets the count.
+`/work/` and `/awork/` hold a slot for `for` milliseconds of the query, or until the file `until` is there. The answer's
+headers say what the middleware cost (`X-Ours`, seconds), and what the policy's word was (`X-State`). `/gauge/` tells and
+resets the count.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpRe
 from django.urls import path
 from django.utils.decorators import sync_and_async_middleware
 
-from django_concurrency_mw import hold
+from django_concurrency_mw import conf, hold
+from django_concurrency_mw.backends import get_backend
 
 Answer = Callable[[HttpRequest], Any]
 
@@ -79,18 +81,34 @@ def _seconds(request: HttpRequest) -> float:
     return float(request.GET.get("for", "20")) / 1000
 
 
+#: Seconds after which a view waits for its file no more.
+LONGEST = 120
+
+
+def _stay(request: HttpRequest) -> None:
+    """Inside, for as long as the request says."""
+    end, until = monotonic() + LONGEST, request.GET.get("until")
+    with count():
+        if until is None:
+            sleep(_seconds(request))
+        while until is not None and not os.path.exists(until) and monotonic() < end:
+            sleep(0.01)
+
+
 def work(request: HttpRequest) -> HttpResponse:
     began = monotonic()
-    with count():
-        sleep(_seconds(request))
+    _stay(request)
     request.in_view = monotonic() - began  # type: ignore[attr-defined]
     return HttpResponse("done")
 
 
 async def awork(request: HttpRequest) -> HttpResponse:
-    began = monotonic()
+    began, until = monotonic(), request.GET.get("until")
     with count():
-        await asyncio.sleep(_seconds(request))
+        if until is None:
+            await asyncio.sleep(_seconds(request))
+        while until is not None and not os.path.exists(until) and monotonic() < began + LONGEST:
+            await asyncio.sleep(0.01)
     request.in_view = monotonic() - began  # type: ignore[attr-defined]
     return HttpResponse("done")
 
@@ -131,8 +149,7 @@ def fork(request: HttpRequest) -> HttpResponse:
         atexit._run_exitfuncs()
         os._exit(0)
     os.waitpid(pid, 0)
-    with count():
-        sleep(_seconds(request))
+    _stay(request)
     return HttpResponse("done")
 
 
@@ -140,7 +157,7 @@ def hand_over(request: HttpRequest) -> HttpResponse:
     """Answers before the work is done, with the token; with `thread` the work is a thread's here, until that file is there."""
     token = request.concurrency.hand_over()  # type: ignore[attr-defined]  # ours sets it
     if "thread" in request.GET:
-        over, latest = Path(request.GET["thread"]), monotonic() + 60
+        over, latest = Path(request.GET["thread"]), monotonic() + LONGEST
 
         def work() -> None:
             with hold(token):
@@ -167,6 +184,12 @@ async def agauge(request: HttpRequest) -> HttpResponse:
     return gauge(request)
 
 
+def leases(request: HttpRequest) -> HttpResponse:
+    """How many seconds are left of each one that is held, also where this process has not limited anybody yet."""
+    store = get_backend("default", conf.current().backends)
+    return JsonResponse({"left": [holder.lease_left for holder in store.snapshot()]})
+
+
 def ready(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"held": []})
 
@@ -182,5 +205,6 @@ urlpatterns = [
     path("spin/", spin, name="spin"),
     path("gauge/", gauge, name="gauge"),
     path("agauge/", agauge, name="agauge"),
+    path("leases/", leases, name="leases"),
     path("-/held/", ready, name="ready"),
 ]

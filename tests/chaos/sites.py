@@ -39,16 +39,19 @@ class Site:
     def held(self) -> int:
         return self.redis.held(self.prefix)
 
-    def status(self, milliseconds: int = 1) -> int:
+    def status(self, until: Path | int = 1) -> int:
         """Of one short request; 0 where there is no answer."""
         try:
-            return get(self.port, f"{self.view}?for={milliseconds}")[0]
+            return get(self.port, f"{self.view}?{'for' if isinstance(until, int) else 'until'}={until}")[0]
         except (OSError, HTTPException):
             return 0
 
-    def hold(self, number: int, milliseconds: int) -> list[threading.Thread]:
-        """So many requests inside at once, each in a thread of its own. Those that the server drops end quietly."""
-        threads = [threading.Thread(target=self.status, args=(milliseconds,), daemon=True) for _ in range(number)]
+    def hold(self, number: int, until: Path | int) -> list[threading.Thread]:
+        """So many requests inside at once, each in a thread of its own: for so many milliseconds, or until the file is there.
+
+        Those that the server drops end quietly.
+        """
+        threads = [threading.Thread(target=self.status, args=(until,), daemon=True) for _ in range(number)]
         for thread in threads:
             thread.start()
         return threads
@@ -65,7 +68,7 @@ def chaos_site(
     *options: str,
     url: str = "",
     mode: str = "deny",
-    timeout: float = 2.0,
+    timeout: float = 5.0,
     prefix: str = "",
     **policy: Any,
 ) -> Iterator[Site]:

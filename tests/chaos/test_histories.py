@@ -33,7 +33,7 @@ from ..redis_server import RedisServer
 from . import LONG
 
 SETTINGS = hypothesis_settings(
-    max_examples=1500 if LONG else 15,
+    max_examples=1500 if LONG else 10,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

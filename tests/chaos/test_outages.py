@@ -95,6 +95,7 @@ def crowd(port: int, path: str) -> Iterator[Crowd]:
 
 @dataclass
 class Site:
+    server: str
     port: int
     path: str
     mode: str
@@ -132,7 +133,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     }
     try:
         with running(command(port), port, tmp_path / "log", env):
-            yield Site(port, path, mode, proxy, redis, prefix)
+            yield Site(server, port, path, mode, proxy, redis, prefix)
     finally:
         print((tmp_path / f"log.{port}.log").read_text()[-3000:])
         proxy.stop()
@@ -161,9 +162,12 @@ def end(site: Site, what: str) -> None:
         site.proxy.black_hole = False
 
 
+#: In the short run each server has its own; both of them the absence at boot.
+SHORT = {"gthread": ("killed", "black hole"), "uvicorn": ("refused", "2 s of latency")}
+
+
 def test_a_store_that_goes_away(site: Site) -> None:
-    outages = ["absent at boot", *OUTAGES]
-    admitted_by = {"local": "local", "allow": "unprotected"}
+    outages = ["absent at boot", *(OUTAGES if LONG else SHORT[site.server])]
     with crowd(site.port, site.path) as clients:
         for what in outages:
             began = monotonic()
@@ -173,14 +177,17 @@ def test_a_store_that_goes_away(site: Site) -> None:
                 begin(site, what)
                 lasts = OUTAGES[what][LONG]
             clients.stopped.wait(lasts)
+            later = began + min(lasts / 2, 0.8)  # who was just asking when it began had to wait for it
+            assert wait_until(lambda: enough(site, clients.since(began, monotonic()), later)), (  # noqa: B023
+                f"{what}: the site stood still"
+            )
             over = monotonic()
             end(site, what)
-            assert wait_until(lambda over=over: healthy(clients, over) is not None, 15), f"{what}: not healthy again"
+            assert wait_until(lambda over=over: healthy(clients, over) is not None), f"{what}: not healthy again"
             clients.stopped.wait(0.5 if LONG else 0.25)
             now = monotonic()
-            # Those who were just asking when it began had to wait for it.
             during, whole = clients.since(began, over), clients.since(began - 0.3, now)
-            late = clients.since(began + min(lasts / 2, 0.8), over)
+            late = clients.since(later, over)
             back = healthy(clients, over)
             assert back is not None
             most = site.gauge(reset=True)["most"] if what != outages[-1] or site.mode != "allow" else 0
@@ -193,17 +200,24 @@ def test_a_store_that_goes_away(site: Site) -> None:
             )
             statuses = {answer.status for answer in whole}
             assert statuses <= ({200, 429, 503} if site.mode == "deny" else {200, 429}), statuses
-            if site.mode in admitted_by:
-                let_in = sum(answer.state == admitted_by[site.mode] for answer in during if answer.status == 200)
-                assert let_in >= 10, f"{what}: the site stood still"
-            else:
-                assert sum(answer.status == 503 for answer in during) >= 10
             if site.mode != "allow":
                 assert most <= CAP, f"{what}: {most} at once in one process"
-            assert worst < 1.5
+            assert worst < 3
             assert while_open[int(len(while_open) * 0.9)] < 0.05
-            assert back - over < 3
+            assert back - over < 5
     assert wait_until(lambda: site.redis.held(site.prefix) == 0), "slots are left"
+
+
+ADMITTED_BY = {"local": "local", "allow": "unprotected"}
+
+
+def enough(site: Site, answers: list[Answer], later: float) -> bool:
+    """Has the site gone on without its store, as its mode says, ten times at least; and was it asked when that was old news?"""
+    if site.mode in ADMITTED_BY:
+        went_on = [one for one in answers if one.status == 200 and one.state == ADMITTED_BY[site.mode]]
+    else:
+        went_on = [one for one in answers if one.status == 503]
+    return len(went_on) >= 10 and sum(one.at >= later for one in answers) >= 10
 
 
 def healthy(clients: Crowd, over: float) -> float | None:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
@@ -44,9 +44,9 @@ def test_a_killed_workers_slots_come_back_with_its_lease(
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         # sync: the other requests would take up its workers again, so only what Redis says is looked at meanwhile.
-        assert wait_until(lambda: site.status() == 200, TTL + 10)
+        assert wait_until(lambda: site.status() == 200, TTL + 30)
         print(f"{server}: admitting again {monotonic() - killed:.2f} s after kill -9 at ttl {TTL}")
-        assert monotonic() - killed < TTL + 5
+        assert monotonic() - killed < TTL + 10, "a new worker has to begin, too"
         assert wait_until(lambda: living(site.redis, site.prefix) == 0)
 
 
@@ -54,10 +54,13 @@ def test_a_killed_workers_slots_come_back_with_its_lease(
 def test_told_to_end_within_the_grace_it_leaves_nothing(server: str, redis_server: RedisServer, tmp_path: Path) -> None:
     name, *options = SERVERS[server]
     with chaos_site(name, redis_server, tmp_path, *options, ttl=600) as site:
-        site.hold(5, 700)
+        site.hold(5, tmp_path / "over")
         assert wait_until(lambda: site.held() == 5)
         site.process.send_signal(signal.SIGTERM)
-        site.process.wait(15)
+        sleep(0.3)  # it is ending, and they are inside
+        assert site.held() == 5
+        (tmp_path / "over").touch()
+        site.process.wait(60)
         assert site.held() == 0
 
 
@@ -71,13 +74,13 @@ def test_told_to_end_past_the_grace_its_slots_end_with_their_leases(
         site.hold(5, 8000)
         assert wait_until(lambda: site.held() == 5)
         site.process.send_signal(signal.SIGTERM)
-        site.process.wait(15)
+        site.process.wait(60)
         ended = monotonic()
-        assert wait_until(lambda: living(site.redis, site.prefix) == 0, TTL + 5)
+        assert wait_until(lambda: living(site.redis, site.prefix) == 0, TTL + 30)
         print(f"{server}: {monotonic() - ended:.2f} s after it had ended, at ttl {TTL}")
 
 
-@pytest.mark.parametrize("server", ["sync", "gthread", "gthread-preload"] if LONG else ["gthread"])
+@pytest.mark.parametrize("server", ["sync", "gthread", "gthread-preload"] if LONG else ["gthread-preload"])
 def test_workers_that_are_replaced_leave_nothing(server: str, redis_server: RedisServer, tmp_path: Path) -> None:
     """Every few requests a new process begins. Somebody may get no answer when a worker ends, but no slot is left."""
     name, *more = SERVERS[server]
@@ -104,11 +107,12 @@ def test_a_child_that_is_forked_inside_a_request_gives_nothing_back(
     with chaos_site(name, redis_server, tmp_path, *options, ttl=600) as site:
         view = "/fork/"
         site.view = view
-        holders = site.hold(5, 1500)
+        holders = site.hold(5, tmp_path / "over")
         assert wait_until(lambda: site.gauge()["inside"] == 5 if name == "gthread" else site.held() == 5)
         assert site.held() == 5, "a child gave its parent's slots back"
         if name == "gthread":
             assert site.status() == 429
+        (tmp_path / "over").touch()
         for thread in holders:
             thread.join()
         assert wait_until(lambda: site.held() == 0)
