@@ -122,7 +122,7 @@ def test_w018_is_silent_where_the_server_does_not_say(limits: Limits, memory: An
 
 
 @pytest.mark.parametrize("missing", ["-subscribe", "-publish", "-pubsub", "resetchannels"])
-def test_w026_a_redis_that_lets_nobody_be_told_that_it_is_his_turn(
+def test_w025_a_redis_that_lets_nobody_be_told_that_it_is_his_turn(
     limits: Limits, user: Any, prefix: str, missing: str
 ) -> None:
     entry = on_redis(user("allchannels", missing), prefix)
@@ -136,7 +136,7 @@ def test_w026_a_redis_that_lets_nobody_be_told_that_it_is_his_turn(
     assert ids() == []
 
 
-def test_w026_is_silent_about_a_redis_that_is_away(limits: Limits, prefix: str) -> None:
+def test_w025_is_silent_about_a_redis_that_is_away(limits: Limits, prefix: str) -> None:
     limits(everything(wait=2), BACKENDS=on_redis(f"redis://127.0.0.1:{free_port()}/0", prefix))
     assert ids() == ["W006"]
 
