@@ -254,6 +254,17 @@ class TestNobodyOvertakes:
         assert wait_until(waiter.holds), "between the two it would have to let the one behind it go first"
         assert places(store, behind) == [[("a", 1)]]
 
+    def test_one_of_several_slots_given_back_is_the_end_of_the_wait_for_all(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, waiter = client("a", "b"), client("a", "b")
+        holder.take()
+        waiter.ask()
+        assert places(store, waiter) == [[("a", 1), ("b", 1)]]
+        store.give(waiter.slots[:1])
+        settled(store)
+        assert places(store, waiter) == [[]]
+
     def test_a_limit_that_is_exceeded_lets_nobody_in(self, store: RedisBackend, client: Make) -> None:
         """By holders that are counted again, say, or let in under a higher limit."""
         first, second, waiter = client("a", limit=5), client("a", limit=5), client("a")
