@@ -270,6 +270,15 @@ class TestNobodyOvertakes:
         settled(store)
         assert places(store, waiter) == [[]]
 
+    def test_who_asks_for_the_last_time_lets_those_have_what_it_could_not_use(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, large, small = client("a", limit=3), client("a", limit=3, cost=3), client("a", limit=3)
+        for one in (holder, large, small):
+            one.ask()
+        assert isinstance(large.ask_for_the_last_time(), Full)
+        assert wait_until(small.holds)
+
     def test_a_limit_that_is_exceeded_lets_nobody_in(self, store: RedisBackend, client: Make) -> None:
         """By holders that are counted again, say, or let in under a higher limit."""
         first, second, waiter = client("a", limit=5), client("a", limit=5), client("a")
