@@ -163,7 +163,9 @@ class TestPackets:
         one = client("a", "b")
         packets = [release.packed for release in store._keys.give(one.slots)]
         assert [packed.split(b"\r\n")[2] for packed in packets] == [b"ZREM", b"ZREM", b"EVALSHA"]
-        assert wire.WAKE.sha in packets[2]
+        assert wire.WAKE.sha + b"\r\n$1\r\n2\r\n" in packets[2]
+        for slot in one.slots:
+            assert store._keys.semaphore(slot) in packets[2]
 
     def test_who_may_not_wait_wakes_where_somebody_who_may_was_within_a_lease(
         self, store: RedisBackend, client: Make
@@ -269,6 +271,19 @@ class TestNobodyOvertakes:
         store.give(waiter.slots[:1])
         settled(store)
         assert places(store, waiter) == [[]]
+
+    def test_one_that_cannot_use_what_is_free_lets_the_next_one_in_with_the_same_release(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        of_a, of_b, both, behind = client("a"), client("b"), client("a", "b"), client("b")
+        of_b.take()
+        both.ask()
+        behind.ask()
+        of_a.take()
+        of_b.give()
+        assert wait_until(behind.holds)
+        both.bell.wait(60)
+        assert isinstance(both.ask(), Queued)
 
     def test_who_asks_for_the_last_time_lets_those_have_what_it_could_not_use(
         self, store: RedisBackend, client: Make
@@ -441,7 +456,9 @@ class TestTheEar:
         holder.ask()
         waiter.ask()
         holder.give()
+        began = monotonic()
         waiter.bell.wait(60)
+        assert monotonic() - began < 30, "it was not told"
         assert waiter.ask() == Taken((True,), (1,))
         waiter.give()
         for one in (holder, waiter):
