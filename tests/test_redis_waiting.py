@@ -33,8 +33,9 @@ from .test_waiting import GLOBAL, Client, places, settled
 
 Make = Callable[..., Client]
 
-#: Another process that stands in line and asks no more; told apart by what it prints first.
+#: Another process that stands in line and asks no more, with a forked child if its first argument says so.
 ANOTHER = """
+import os
 import sys
 import django
 from django.conf import settings
@@ -42,10 +43,14 @@ settings.configure()
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from tests.test_waiting import Client
-url, prefix, *policies = sys.argv[1:]
+forks, url, prefix, *policies = sys.argv[1:]
 store = RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 5}))
 one = Client(store, *policies)
-print(type(one.ask()).__name__, one.slots[0].token, flush=True)
+reply = one.ask()
+if forks and os.fork() == 0:
+    sys.stdin.read()
+    os._exit(0)
+print(type(reply).__name__, flush=True)
 sys.stdin.read()
 """
 
@@ -121,8 +126,8 @@ def another(redis_server: RedisServer, prefix: str) -> Iterator[Callable[..., su
     """Another process that asks once, and then stands wherever that has brought it."""
     made: list[subprocess.Popen[str]] = []
 
-    def start(*policies: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", ANOTHER, redis_server.url, prefix, *policies]
+    def start(*policies: str, forks: bool = False) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", ANOTHER, "forks" * forks, redis_server.url, prefix, *policies]
         made.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert made[-1].stdout is not None
         assert made[-1].stdout.readline().split()[:1] == ["Queued"]
@@ -158,7 +163,9 @@ class TestPackets:
         one = client("a", "b")
         packets = [release.packed for release in store._keys.give(one.slots)]
         assert [packed.split(b"\r\n")[2] for packed in packets] == [b"ZREM", b"ZREM", b"EVALSHA"]
-        assert wire.WAKE.sha in packets[2]
+        assert wire.WAKE.sha + b"\r\n$1\r\n2\r\n" in packets[2]
+        for slot in one.slots:
+            assert store._keys.semaphore(slot) in packets[2]
 
     def test_who_may_not_wait_wakes_where_somebody_who_may_was_within_a_lease(
         self, store: RedisBackend, client: Make
@@ -253,6 +260,39 @@ class TestNobodyOvertakes:
         holder.give()
         assert wait_until(waiter.holds), "between the two it would have to let the one behind it go first"
         assert places(store, behind) == [[("a", 1)]]
+
+    def test_one_of_several_slots_given_back_is_the_end_of_the_wait_for_all(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, waiter = client("a", "b"), client("a", "b")
+        holder.take()
+        waiter.ask()
+        assert places(store, waiter) == [[("a", 1), ("b", 1)]]
+        store.give(waiter.slots[:1])
+        settled(store)
+        assert places(store, waiter) == [[]]
+
+    def test_one_that_cannot_use_what_is_free_lets_the_next_one_in_with_the_same_release(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        of_a, of_b, both, behind = client("a"), client("b"), client("a", "b"), client("b")
+        of_b.take()
+        both.ask()
+        behind.ask()
+        of_a.take()
+        of_b.give()
+        assert wait_until(behind.holds)
+        both.bell.wait(60)
+        assert isinstance(both.ask(), Queued)
+
+    def test_who_asks_for_the_last_time_lets_those_have_what_it_could_not_use(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, large, small = client("a", limit=3), client("a", limit=3, cost=3), client("a", limit=3)
+        for one in (holder, large, small):
+            one.ask()
+        assert isinstance(large.ask_for_the_last_time(), Full)
+        assert wait_until(small.holds)
 
     def test_a_limit_that_is_exceeded_lets_nobody_in(self, store: RedisBackend, client: Make) -> None:
         """By holders that are counted again, say, or let in under a higher limit."""
@@ -351,6 +391,11 @@ class TestTheDead:
         gone.ask()
         assert third.ask() == LineFull((True,), (1,))
         with redis_server.client() as server:
+            for key in (
+                store._keys.waiter(first.slots[0].token.encode()),
+                *server.scan_iter(store._keys.lines_pattern),
+            ):
+                server.persist(key)  # as if the first went on asking
             server.delete(store._keys.waiter(gone.slots[0].token.encode()))
         assert wait_until(lambda: isinstance(third.ask(), Queued)), "it is looked up once a second"
 
@@ -411,7 +456,9 @@ class TestTheEar:
         holder.ask()
         waiter.ask()
         holder.give()
+        began = monotonic()
         waiter.bell.wait(60)
+        assert monotonic() - began < 30, "it was not told"
         assert waiter.ask() == Taken((True,), (1,))
         waiter.give()
         for one in (holder, waiter):
@@ -514,7 +561,7 @@ class TestTheEar:
             settled(able)
             server.execute_command("ACL", "DELUSER", prefix)
 
-    def test_a_forked_child_has_one_of_its_own_and_does_not_keep_the_parents_open(
+    def test_a_forked_child_has_one_of_its_own(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
     ) -> None:
         holder, waiter = client("a"), client("a")
@@ -546,7 +593,6 @@ class TestTheEar:
             for one in (holder, waiter):
                 one.bell.close()
             settled(store)
-            # shutdown() would end the connection for both; the parent's end must not wait for the child's.
             assert wait_until(lambda: listeners(redis_server, store) == 0)
         finally:
             os.write(go[1], b"x")

@@ -30,7 +30,7 @@ ASK_OFTEN_AFTER = 3
 
 
 class Ear:
-    """`channel` names the channel of this process. `forbidden` is told, once, why it may not listen."""
+    """`channel` names the channel of this process. `forbidden` is told why it may not listen."""
 
     def __init__(self, recipe: Recipe, channel: Callable[[], bytes], forbidden: Callable[[Exception], None]) -> None:
         self._recipe, self._channel, self._forbidden = recipe, channel, forbidden
@@ -51,7 +51,7 @@ class Ear:
         self._arriving: list[Bell] = []
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
-        self._tried = self._hears = self._said = False
+        self._tried = self._hears = False
         self._not_before = 0.0
         self.connects = 0
 
@@ -148,9 +148,7 @@ class Ear:
     def _refused(self, error: Exception) -> None:
         """It is not allowed to listen, or to tell others: nobody tries again at once."""
         self._not_before = monotonic() + FORBIDDEN_FOR
-        if not self._said:
-            self._said = True
-            self._forbidden(error)
+        self._forbidden(error)
 
     def _ends(self, hurry: threading.Event) -> bool:
         with self._lock:
