@@ -129,8 +129,9 @@ class ThreadBell(HostBell):
                     post.socket.settimeout(max(0.0, seconds))
                     post.socket.recv(1)
         finally:
-            self._rung = False
-            post.empty()
+            if self._rung:  # here, and maybe often; others ring once, and what they send twice costs a question
+                self._rung = False
+                post.empty()
 
     def close(self) -> None:
         super().close()
