@@ -129,8 +129,9 @@ class ThreadBell(HostBell):
                     post.socket.settimeout(max(0.0, seconds))
                     post.socket.recv(1)
         finally:
-            self._rung = False
-            post.empty()
+            if self._rung:  # here, and maybe often; others ring once, and what they send twice costs a question
+                self._rung = False
+                post.empty()
 
     def close(self) -> None:
         super().close()
@@ -217,7 +218,7 @@ class _LoopPost:
     def leave(self, bell: int) -> None:
         """Nobody waits by this one. From any thread, in a garbage collection, too."""
         self.standing.pop(bell, None)
-        if self.bells.pop(bell, None) is None or self.bells:
+        if self.bells.pop(bell, None) is None or self.bells or not self.post.number:
             return
         loop = self._loop()
         if loop is None or loop.is_closed():
