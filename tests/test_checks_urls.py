@@ -205,6 +205,7 @@ TWO_STORES = {
         ({"wait": 2}, {"backend": "far", "block": False}, True),
         ({"wait": 2}, {"backend": "far", "when": "staff"}, True),
         ({"wait": 2, "methods": ["GET", "PUT"]}, {"backend": "far", "methods": ["PUT", "POST"]}, True),
+        ({"wait": 2}, {"backend": "far", "methods": ["PURGE"]}, True),
         ({"wait": 0}, {"backend": "far"}, False),
         ({}, {"backend": "far"}, False),
         ({"wait": 2}, {}, False),
