@@ -753,8 +753,16 @@ class Slow(MemoryBackend):
     cancel_safe: ClassVar[bool] = False
 
     async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
-        await asyncio.sleep(0.005)
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self.queue, slots, most, bell))
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[QueueReply] = loop.create_future()
+
+        def carry_out() -> None:
+            answer = self.queue(slots, most, bell)
+            if not reply.done():
+                reply.set_result(answer)
+
+        loop.call_later(0.005, carry_out)
+        return await reply
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         return self.give(slots)
