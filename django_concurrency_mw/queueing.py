@@ -52,7 +52,7 @@ def wait(
     store: Any, group: Sequence[Asked], slots: tuple[Slot, ...], full: Full, lease: Waiting, threads: int
 ) -> Steps[Waited]:
     """Wait for these slots, of which some were found full. As long as the shortest `wait` of those that are full allows."""
-    waits = [entry.policy.wait if entry.policy.block and entry.limit != 0 else 0.0 for entry in group]
+    waits = [entry.policy.wait if entry.limit != 0 else 0.0 for entry in group]
     began = asked = monotonic()
     until = began + _shortest(waits, full)
     if until <= began or lease.given_up:

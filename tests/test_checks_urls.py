@@ -205,6 +205,7 @@ TWO_STORES = {
         ({"wait": 2}, {"backend": "far", "block": False}, True),
         ({"wait": 2}, {"backend": "far", "when": "staff"}, True),
         ({"wait": 2, "methods": ["GET", "PUT"]}, {"backend": "far", "methods": ["PUT", "POST"]}, True),
+        ({"wait": 2}, {"backend": "far", "methods": ["PURGE"]}, True),
         ({"wait": 0}, {"backend": "far"}, False),
         ({}, {"backend": "far"}, False),
         ({"wait": 2}, {}, False),
@@ -229,11 +230,16 @@ def test_w024_a_wait_that_nobody_ever_waits(
         assert messages[0].msg.endswith("Views: a, b.")
 
 
-@pytest.mark.parametrize(("overridable", "fires"), [(True, False), (False, True)])
-def test_w024_does_not_count_what_a_decorator_replaces(limits: Limits, overridable: bool, fires: bool) -> None:
+@pytest.mark.parametrize(
+    ("waits", "beside", "fires"),
+    [(True, True, False), (False, False, True), (True, False, False), (False, True, False)],
+)
+def test_w024_does_not_count_what_a_decorator_replaces(limits: Limits, waits: bool, beside: bool, fires: bool) -> None:
     """A decorator takes its slot by itself, whatever the request holds by then."""
-    fields = {"key": "global", "max_concurrent": 1, "url_names": ["a"], "overridable": overridable}
-    limits({"policies": {"p": {**fields, "wait": 1}, "q": {**fields, "backend": "far"}}}, BACKENDS=TWO_STORES)
+    fields = {"key": "global", "max_concurrent": 1, "url_names": ["a"]}
+    p = {**fields, "wait": 1, "overridable": waits}
+    q = {**fields, "backend": "far", "overridable": beside}
+    limits({"policies": {"p": p, "q": q}}, BACKENDS=TWO_STORES)
     _use_urls([path("a/", decorated, name="a")])
     assert ("W024" in ids()) == fires
 

@@ -28,6 +28,8 @@ from .test_queueing import WAITING
 CLIENTS = 2000 if LONG else 300
 #: Clients that are connected at the same time at most: each takes files of this process and of the server.
 AT_ONCE = 400
+#: Clients that come in a second.
+A_SECOND = 100 if LONG else 250
 
 
 class Server:
@@ -173,7 +175,6 @@ def test_a_worker_that_is_told_to_end_does_so_within_its_grace(tmp_path: Path, w
 
 
 async def _leave(port: int, path: str, after: float) -> None:
-    await asyncio.sleep(random.uniform(0, 1.0))
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -188,6 +189,8 @@ async def _storm(port: int, path: str, number: int) -> None:
     room = asyncio.Semaphore(AT_ONCE)
 
     async def one() -> None:
+        # A server that has more to begin than it can would be told of who left only when it has begun all.
+        await asyncio.sleep(random.uniform(0, number / A_SECOND))
         async with room:
             await _leave(port, path, random.uniform(0, 1.0))
 

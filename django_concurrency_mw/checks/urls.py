@@ -115,9 +115,10 @@ def _asks_several(policy: Policy, route: Route, config: conf.Config, beside: dic
     """Does a request here, by any method, ask more than one store? `beside` gets the names of those in others."""
     if is_replaced(policy, route.view):
         return False
+    methods = STANDARD_METHODS.union(*(other.methods or () for other in config.table))
     others = {
         other.name
-        for method in policy.methods or STANDARD_METHODS
+        for method in methods
         for together in [config.table.match(route.name, method)]
         if policy in together
         for other in together
