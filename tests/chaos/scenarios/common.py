@@ -11,8 +11,8 @@ from typing import Any
 
 from django.test import override_settings
 
-from django_concurrency_mw import conf
-from django_concurrency_mw.backends import BaseBackend, get_backend
+from django_concurrency_mw import backends, conf
+from django_concurrency_mw.backends import BackendConfig, BaseBackend, get_backend
 
 
 def site(backend: Mapping[str, Any], policies: Mapping[str, Any], **more: Any) -> BaseBackend:
@@ -23,10 +23,23 @@ def site(backend: Mapping[str, Any], policies: Mapping[str, Any], **more: Any) -
         "ON_BACKEND_ERROR": "deny",  # a count of its own would not be the store's
         **more,
     }
+    backends._instances.clear()  # one of the process that this one was forked from, say
     override_settings(CONCURRENCY_LIMIT=settings).enable()
     store = get_backend("default", conf.current().backends)
     conf.current().stores["default"] = store
     return store
+
+
+def apart(backend: Mapping[str, Any]) -> BaseBackend:
+    """The same store for one who only looks on, and forks: what this process has of it is in nobody's way."""
+    entry = {
+        "alias": "apart",
+        "backend": backend["BACKEND"],
+        "location": backend.get("LOCATION"),
+        "key_prefix": backend["KEY_PREFIX"],
+        "options": backend.get("OPTIONS", {}),
+    }
+    return get_backend("apart", {"apart": BackendConfig(**entry)})
 
 
 class Child:

@@ -27,9 +27,7 @@ GATE, OPEN = b"g", b"o"
 _joined: ContextVar[Callable[[], object]] = ContextVar("joined")
 
 
-def order(
-    backend: dict[str, Any], file: str, waiters: int, processes: int, half: str
-) -> dict[str, Any]:
+def order(backend: dict[str, Any], file: str, waiters: int, processes: int, half: str) -> dict[str, Any]:
     """`waiters` join one after another. Returns the seconds that it took them to join, and then to be served."""
     policies = {"line": {"key": "global", "max_concurrent": 1, "wait": WAIT, "max_waiting": waiters, "ttl": 600}}
 
