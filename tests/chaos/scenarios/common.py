@@ -7,12 +7,31 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from django.test import override_settings
 
 from django_concurrency_mw import backends, conf
 from django_concurrency_mw.backends import BackendConfig, BaseBackend, get_backend
+
+from django_concurrency_mw.bells import Bell
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Queued, QueueReply, Slot, Taken
+from django_concurrency_mw.tokens import new_token
+
+from ...support import wait_until
+
+#: The only one there is.
+KEY = make_key("global")
+
+#: Seconds for whatever has to come.
+SOON = 30.0
+
+
+def until(fact: Callable[[], bool]) -> bool:
+    """Does it come?"""
+    return wait_until(fact, SOON)
 
 
 def site(backend: Mapping[str, Any], policies: Mapping[str, Any], **more: Any) -> BaseBackend:
@@ -40,6 +59,31 @@ def apart(backend: Mapping[str, Any]) -> BaseBackend:
         "options": backend.get("OPTIONS", {}),
     }
     return get_backend("apart", {"apart": BackendConfig(**entry)})
+
+
+class Client:
+    """One who asks a store for a slot, and no more than the store does."""
+
+    def __init__(self, store: BaseBackend, policy: str, limit: int = 1) -> None:
+        self.store = store
+        self.slots = (Slot(policy, KEY, limit, 600.0, new_token(), waits=True),)
+        self.bell: Bell = store.bell()
+
+    def ask(self, most: int | None = 1000) -> QueueReply:
+        return self.store.queue(self.slots, (most,), self.bell)
+
+    def wait(self, seconds: float) -> bool:
+        """Does it get the slot?"""
+        end = monotonic() + seconds
+        while isinstance(reply := self.ask(), Queued):
+            if monotonic() > end:
+                return False
+            self.bell.wait(reply.again)
+        return isinstance(reply, Taken)
+
+    def give(self) -> None:
+        self.store.give(self.slots)
+        self.bell.close()
 
 
 class Child:

@@ -19,7 +19,7 @@ from django_concurrency_mw.backends import BaseBackend
 from django_concurrency_mw.tokens import process_id, process_of
 
 from ..kernel_gauge import Gauge
-from .common import Child, apart, site
+from .common import Child, apart, site, until
 
 WORKERS, CREW = 4, 4
 PLACES = WORKERS * CREW
@@ -29,8 +29,6 @@ CAP, LARGEST = 6, 2
 WAIT = 60
 #: Seconds that a slot is used at most.
 JOB = 0.004
-#: Seconds for whatever has to come.
-SOON = 30.0
 
 
 def cost_of(place: int) -> int:
@@ -164,15 +162,6 @@ class Chaos:
         for worker in self.workers.values():
             worker.kill()
         return []
-
-
-def until(fact: Callable[[], bool]) -> bool:
-    end = monotonic() + SOON
-    while not fact():
-        if monotonic() > end:
-            return False
-        sleep(0.005)
-    return True
 
 
 def killing(
