@@ -14,7 +14,6 @@ from django.test import override_settings
 
 from django_concurrency_mw import backends, conf
 from django_concurrency_mw.backends import BackendConfig, BaseBackend, get_backend
-
 from django_concurrency_mw.bells import Bell
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Queued, QueueReply, Slot, Taken
