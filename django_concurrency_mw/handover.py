@@ -69,6 +69,7 @@ def _as_data(policy: Policy, slot: Slot) -> dict[str, Any]:
         "token": slot.token,
         "path": slot.path[:PATH_LIMIT],
         "since": slot.since,
+        "waits": slot.waits,
     }
 
 
@@ -94,7 +95,8 @@ def _from_data(data: dict[str, Any]) -> tuple[Policy, Slot]:
         data["block"],
         data["path"],
         data["cost"],
-        since=data["since"],
+        data.get("waits", False),
+        data["since"],
     )
     return policy, slot
 

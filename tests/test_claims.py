@@ -48,7 +48,7 @@ def carried(old: Slot) -> Slot:
         json.dumps([old.policy, old.key.text, old.limit, old.ttl, old.token, old.path, old.cost, old.since])
     )
     policy, key, limit, ttl, token, path, cost, since = told
-    return Slot(policy, make_key(key), limit, ttl, token, True, path, cost, since)
+    return Slot(policy, make_key(key), limit, ttl, token, True, path, cost, since=since)
 
 
 def count(store: BaseBackend, policy: str = "p") -> int:

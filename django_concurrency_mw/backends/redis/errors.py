@@ -14,6 +14,13 @@ PERMISSIONS = (
     "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zcount +zscore +zrem +zrangebyscore +zremrangebyscore "
     "+zscan +scan +set +mget +pexpire +pttl +time +select +client|info +client|kill"
 )
+#: And where somebody may wait.
+LISTENING = "ACL SETUSER <user> &%s* +publish +subscribe +pubsub|numsub +ping"
+
+
+def listening(keys: Keys) -> str:
+    """What an ACL user needs to be told when its turn has come."""
+    return LISTENING % _escaped(keys)
 
 
 def classed(error: Exception, keys: Keys) -> BackendError:
@@ -29,7 +36,7 @@ def classed(error: Exception, keys: Keys) -> BackendError:
 
 def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
     prefix = keys.prefix.decode()
-    permissions = PERMISSIONS % re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
+    permissions = PERMISSIONS % _escaped(keys)
     if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
         return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
@@ -41,6 +48,11 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
     if _is(text, "CROSSSLOT"):
         return "this is a Redis Cluster, and something between it and us changes the names of keys"
     return ""
+
+
+def _escaped(keys: Keys) -> str:
+    """The prefix of its keys and channels, as a pattern says it."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", keys.prefix.decode())
 
 
 def _is(text: str, *codes: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .connecting import passes
 from .leftovers import Client, Release, Work
-from .wire import RENEW, TAKE, pack
+from .wire import RENEW, TAKE, WAKE, pack
 
 
 class Greeting:
@@ -21,7 +21,7 @@ class Greeting:
     def __init__(self, work: Work, instead_of: Client | None = None) -> None:
         self._work = work
         lost = work.clients if instead_of is None else [*work.clients, instead_of]
-        commands = [pack(b"CLIENT", b"INFO"), TAKE.load, RENEW.load]
+        commands = [pack(b"CLIENT", b"INFO"), TAKE.load, RENEW.load, WAKE.load]
         commands += [pack(b"CLIENT", b"KILL", b"ID", b"%d" % client.number, b"ADDR", client.address) for client in lost]
         commands += [release.packed for release in work.releases]
         self.packed = b"".join(commands)

@@ -23,16 +23,18 @@ from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
+from ...bells import Bell
 from ...exceptions import BackendError
 from ...keeper import keeper
-from ...outcomes import Slot, TakeReply
+from ...outcomes import QueueReply, Slot, TakeReply
 from ...tokens import process_id, process_of
-from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
+from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, Waiter, check_message, probe_slot
 from . import wire
 from .connecting import Recipe, server_of
-from .errors import classed
+from .errors import classed, listening
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
+from .listening import Ear
 from .mux import Mux
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -54,6 +56,7 @@ class RedisBackend(BaseBackend):
     """`LOCATION` is a URL; `OPTIONS` are the keywords of a redis-py connection, `socket_timeout` (0.25 s) first of all."""
 
     supports_semaphores: ClassVar[bool] = True
+    supports_wait: ClassVar[bool] = True
     cancel_safe: ClassVar[bool] = True
 
     def __init__(self, config: BackendConfig) -> None:
@@ -70,6 +73,7 @@ class RedisBackend(BaseBackend):
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
+        self._ear = Ear(self._recipe, self._channel, self._deaf)
         self._tended = self._delivering = False
         #: What was logged last of what may come again and again.
         self._said = ""
@@ -79,6 +83,17 @@ class RedisBackend(BaseBackend):
         whole = partial(self._keys.take, slots, whole=True)
         reply = self._call(self._keys.take(slots), self._keys.give(slots), whole)
         return wire.taken(reply, slots)
+
+    def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        hears = self._ear.hears(slots[0].token, bell)
+        ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
+        reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
+        return wire.queued(reply, slots, hears=hears)
+
+    async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        hears = await self._ear.ahears(slots[0].token, bell)
+        ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
+        return wire.queued(await self._multiplexed(ask(), partial(ask, whole=True), slots), slots, hears=hears)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._lines.tell(self._keys.give(slots))
@@ -149,19 +164,8 @@ class RedisBackend(BaseBackend):
             self._wake()
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
-        mux = self._mux()
-        try:
-            waiter = mux.call(self._keys.take(slots), partial(self._keys.take, slots, whole=True))
-        except RedisError as error:  # nothing was sent
-            raise classed(error, self._keys) from error
-        try:
-            reply = await waiter
-        except BaseException as error:
-            mux.tell(self._keys.give(slots))  # behind the acquire, on its connection: only there it cannot overtake
-            if isinstance(error, RedisError):
-                raise classed(error, self._keys) from error
-            raise
-        return wire.taken(reply, slots)
+        whole = partial(self._keys.take, slots, whole=True)
+        return wire.taken(await self._multiplexed(self._keys.take(slots), whole, slots), slots)
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._mux().tell(self._keys.give(slots))
@@ -196,6 +200,27 @@ class RedisBackend(BaseBackend):
         except Exception as error:
             raise classed(error, self._keys) from error
         return [wire.with_process(one, known) for one in holders]
+
+    def waiters(self) -> Sequence[Waiter]:
+        found: list[Waiter] = []
+        try:
+            with self._recipe.client() as client:
+                seconds, micros = client.time()
+                now = seconds * 1_000_000 + micros
+                for line in client.scan_iter(match=self._keys.lines_pattern, count=1000, _type="zset"):
+                    standing = client.zrangebyscore(line, "-inf", "+inf", withscores=True)
+                    if not standing:
+                        continue
+                    records = client.mget([self._keys.waiter(token) for token, _ in standing])
+                    living = [(*one, record) for one, record in zip(standing, records, strict=True) if record]
+                    found += [
+                        wire.waiting(line, self._keys.prefix, place, joined, now, record)
+                        for place, (_, joined, record) in enumerate(living, 1)
+                    ]
+                known = self._processes(client, {process_of(one.token) for one in found})
+        except Exception as error:
+            raise classed(error, self._keys) from error
+        return [wire.with_process(one, known) for one in found]
 
     def _processes(self, client: Any, names: Collection[str]) -> dict[str, bytes | None]:
         """What these processes say of themselves; nothing where the user of LOCATION may not read that."""
@@ -278,8 +303,9 @@ class RedisBackend(BaseBackend):
         return policy if limited and policy != "noeviction" else ""
 
     def close(self) -> None:
-        """Close the idle connections of threads; those of event loops end with their loop."""
+        """Close the idle connections of threads, and the ear if nobody waits; those of event loops end with their loop."""
         self._lines.close()
+        self._ear.close()
 
     def _try_out(self) -> None:
         """Every command that a request needs, and each reply: nobody waits for that of a release, so a server that refuses
@@ -297,6 +323,31 @@ class RedisBackend(BaseBackend):
             return self._lines.call(packed, undo, whole)
         except Exception as error:  # also what a keyword or a credential provider of the project's raises
             raise classed(error, self._keys) from error
+
+    async def _multiplexed(self, packed: bytes, whole: Callable[[], bytes], slots: Sequence[Slot]) -> Any:
+        """One round trip on the running loop's connection. What it may have taken is given back if its reply does not come."""
+        mux = self._mux()
+        try:
+            waiter = mux.call(packed, whole)
+        except RedisError as error:  # nothing was sent
+            raise classed(error, self._keys) from error
+        try:
+            return await waiter
+        except BaseException as error:
+            mux.tell(self._keys.give(slots))  # behind the acquire, on its connection: only there it cannot overtake
+            if isinstance(error, RedisError):
+                raise classed(error, self._keys) from error
+            raise
+
+    def _channel(self) -> bytes:
+        return self._keys.channel(process_id())
+
+    def _deaf(self, error: Exception) -> None:
+        """Whoever waits here is told of nothing, and asks often."""
+        self._say(
+            f"nobody can be told that it is his turn, so those who wait ask every 50 ms: {error}: "
+            + listening(self._keys)
+        )
 
     def _mux(self) -> Mux:
         """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""
@@ -355,6 +406,7 @@ class RedisBackend(BaseBackend):
     def _forget(self) -> None:
         self._leftovers.forget()
         self._lines.forget()
+        self._ear.forget()
         self._muxes = {}
         self._tended = self._delivering = False
 

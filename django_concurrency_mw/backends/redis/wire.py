@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from time import monotonic
+from typing import Final, TypeVar
 
-from ...outcomes import Full, Slot, Taken, TakeReply
+from ...outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
 from ...tokens import process_of
-from ..base import Holder
+from ..base import ASK_AGAIN, ASK_AGAIN_AFTER, PLACE_FOR, Holder, Waiter
 from .leftovers import Release
 
 FORMAT = "1"
@@ -31,13 +32,17 @@ TEXT_LIMIT = 120
 SEPARATOR = b"\n"
 #: Seconds that peaks stay after the last note of any process, and that a process stays after its own.
 PEAKS_FOR, PROCESS_FOR = 30 * 86_400.0, 600.0
+#: Seconds after which one whose process hears nothing asks again, and for which it keeps its place without that.
+ASK_OFTEN, DEAF_PLACE_FOR = 0.05, 1.0
+#: In a slot's memo, behind its names: somebody who may wait has used its semaphore.
+WAITED_FOR: Final = "waited for"
 
 
 class Script:
     """A Lua script of this package: its text and the digest that EVALSHA names it by."""
 
-    def __init__(self, name: str) -> None:
-        texts = [(files(__package__) / "scripts" / each).read_bytes() for each in ("members.lua", name)]
+    def __init__(self, *names: str) -> None:
+        texts = [(files(__package__) / "scripts" / f"{each}.lua").read_bytes() for each in ("members", *names)]
         self.text = b"".join(line for text in texts for line in text.splitlines(True) if not line.startswith(b"--"))
         self.sha = hashlib.sha1(self.text).hexdigest().encode()
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
@@ -65,15 +70,18 @@ def pack(*arguments: bytes) -> bytes:
     return b"*%d\r\n%b" % (len(arguments), b"".join(map(bulk, arguments)))
 
 
-TAKE = Script("take.lua")
-RENEW = Script("renew.lua")
+TAKE = Script("lines", "take")
+RENEW = Script("renew")
+#: Nobody waits for its reply. Where the script is not loaded it is left over, for a connection that has loaded it.
+WAKE = Script("lines", "wake")
+WAIT = Script("lines", "wait")
 #: Rare, so they are always sent whole. A release, which nobody waits for, cannot do with a script that is not loaded.
-GIVE = Script("give.lua")
-RESTORE = Script("restore.lua")
-CLAIM = Script("claim.lua")
-EVICT = Script("evict.lua")
-COUNT = Script("count.lua")
-NOTE = Script("note.lua")
+GIVE = Script("give")
+RESTORE = Script("restore")
+CLAIM = Script("claim")
+EVICT = Script("lines", "evict")
+COUNT = Script("count")
+NOTE = Script("note")
 TIME = pack(b"TIME")
 
 
@@ -84,6 +92,8 @@ class Keys:
         self.prefix = f"{{{prefix}}}:{FORMAT}:".encode()
         #: For SCAN: every semaphore of the alias, and nothing else of its keys.
         self.pattern = exactly(self.prefix) + b"[-A-Za-z0-9_.]*:*"
+        #: For SCAN: every line.
+        self.lines_pattern = exactly(self.prefix) + b"!queue:*"
         #: The tokens of those who were evicted, until their leases would have ended.
         self.tombstones = self.prefix + b"!evicted"
         self.peaks = self.prefix + b"!peaks"
@@ -104,7 +114,8 @@ class Keys:
             key, holder = self._names(slot)
             keys.append(key)
             limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
-            asked = b"$1\r\n%d\r\n" % slot.block if slot.cost == 1 else bulk(b"%d" % (slot.block + 2 * (slot.cost - 1)))
+            plain = slot.cost == 1 and not slot.waits
+            asked = b"$1\r\n%d\r\n" % slot.block if plain else bulk(_asked(slot))
             arguments.append(b"$%d\r\n%b\r\n$%d\r\n%b\r\n%b%b" % (len(limit), limit, len(lease), lease, asked, holder))
         return TAKE.call(keys, arguments, 4 * len(keys), whole=whole)
 
@@ -155,9 +166,37 @@ class Keys:
         return b"%b!process:%b" % (self.prefix, process.encode("utf-8", "replace"))
 
     def give(self, slots: Sequence[Slot]) -> list[Release]:
-        """One command each, whose reply is an integer, and which is of use until the lease has ended by itself."""
+        """One command each, whose reply is an integer, and which is of use until the lease has ended by itself; and one more
+        for all that somebody may wait for."""
         now = monotonic()
-        return [Release(self._release(slot), now + slot.ttl) for slot in slots]
+        releases = [Release(self._release(slot), now + slot.ttl) for slot in slots]
+        waited = [slot for slot in slots if slot.waits or len(slot.memo) > 1]
+        if waited:
+            tokens = [bulk(slot.token.encode()) for slot in waited]
+            packed = WAKE.call([self._names(slot)[0] for slot in waited], tokens, len(tokens), whole=False)
+            releases.append(Release(packed, now + max(slot.ttl for slot in waited)))
+        return releases
+
+    def queue(self, slots: Sequence[Slot], most: Sequence[int | None], channel: bytes, *, whole: bool = False) -> bytes:
+        """The one command that takes all of them, or stands in line. `channel` is where its process listens, if it does."""
+        token, keys, fields = slots[0].token.encode(), [], [channel]
+        for slot in slots:
+            key, holder = self._names(slot)
+            keys.append(key)
+            limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
+            fields += [_bare(key), limit, lease, _asked(slot), _bare(holder)]
+        record = b"".join(b"%d:%b" % (len(field), field) for field in fields)
+        kept = milliseconds(PLACE_FOR if channel else DEAF_PLACE_FOR)
+        arguments = [token, record, b"%d" % kept, *(b"-1" if some is None else b"%d" % some for some in most)]
+        return WAIT.call(keys, [bulk(each) for each in arguments], len(arguments), whole=whole)
+
+    def channel(self, process: str) -> bytes:
+        """Where a process listens for the tokens of those who have been let in, or have to ask."""
+        return b"%b!wake:%b" % (self.prefix, process.encode())
+
+    def waiter(self, token: bytes) -> bytes:
+        """The key of what others have to know of one who waits."""
+        return b"%b!waiter:%b" % (self.prefix, token)
 
     def _release(self, slot: Slot) -> bytes:
         names = self._names(slot)
@@ -184,6 +223,16 @@ def member(slot: Slot) -> bytes:
     )
 
 
+def _asked(slot: Slot) -> bytes:
+    """What a script has to know of how it is asked for, in one number: see `take.lua`."""
+    return b"%d" % (slot.block + 2 * (slot.cost - 1) + 4096 * slot.waits)
+
+
+def _bare(packed: bytes) -> bytes:
+    """One argument, as it was before it was packed."""
+    return packed[packed.index(b"\r\n") + 2 : -2]
+
+
 def exactly(text: bytes) -> bytes:
     """A pattern that matches this text alone."""
     return re.sub(rb"([\\*?\[\]])", rb"\\\1", text)
@@ -200,18 +249,62 @@ def _text(value: str) -> bytes:
 
 
 def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
-    """The reply to a take of these slots."""
+    """The reply to a take of these slots. Those that somebody may wait for are marked: see `Keys.give`."""
     if isinstance(reply, int):
+        if reply < 0:
+            slots[0].memo.append(WAITED_FOR)
+            reply = ~reply
         count, has_room = reply >> 1, reply & 1 == 1
         return Taken((has_room,), (count,)) if has_room or not slots[0].block else Full((True,), (count,))
+    if min(reply) < 0:
+        for slot, each in zip(slots, reply, strict=True):
+            if each < 0:
+                slot.memo.append(WAITED_FOR)
+        reply = [~each if each < 0 else each for each in reply]
     room = tuple([each & 1 == 1 for each in reply])
     counts = tuple([each >> 1 for each in reply])
     full = [slot.block and not has_room for slot, has_room in zip(slots, room, strict=True)]
     return Full(tuple(full), counts) if True in full else Taken(room, counts)
 
 
-def with_process(one: Holder, known: Mapping[str, bytes | None]) -> Holder:
-    """The holder with the host and the pid of its process, if that is among those known."""
+def queued(reply: Sequence[int], slots: Sequence[Slot], *, hears: bool) -> QueueReply:
+    """The reply to `queue`. Who hears nothing has to ask often."""
+    verdict, told = reply[0], reply[1 : 1 + len(slots)]
+    counts = tuple([each >> 1 for each in told])
+    if verdict == 0:
+        return Taken(tuple([each & 1 == 1 for each in told]), counts)
+    full = tuple([slot.block and each & 1 == 0 for slot, each in zip(slots, told, strict=True)])
+    if verdict == 3:
+        ahead, again = reply[-2:]
+        latest = ASK_AGAIN if hears else ASK_OFTEN
+        return Queued(full, counts, ahead, max(ASK_AGAIN_AFTER, min(latest, again / 1000)))
+    return Full(full, counts) if verdict == 1 else LineFull(full, counts)
+
+
+def waiting(line: bytes, prefix: bytes, place: int, joined: float, now: float, record: bytes) -> Waiter:
+    """One who waits as people see it, in this line; `joined` and `now` in microseconds of the server's clock."""
+    key = prefix + line.removeprefix(prefix).removeprefix(b"!queue:")
+    fields = _fields(record)
+    stored = next(holder for name, holder in zip(fields[1::5], fields[5::5], strict=True) if name == key)
+    one = holder(key, prefix, stored, 0.0, 0.0)
+    age = max(0.0, (now - joined) / 1e6)
+    return Waiter(one.policy, one.key, one.token, place, age, one.path, cost=one.cost)
+
+
+def _fields(record: bytes) -> list[bytes]:
+    found = []
+    while record:
+        length, _, record = record.partition(b":")
+        found.append(record[: int(length)])
+        record = record[int(length) :]
+    return found
+
+
+Told = TypeVar("Told", Holder, Waiter)
+
+
+def with_process(one: Told, known: Mapping[str, bytes | None]) -> Told:
+    """The holder, or who waits, with the host and the pid of its process, if that is among those known."""
     host, _, pid = (known.get(process_of(one.token)) or b"").partition(SEPARATOR)
     if not pid.isdigit():
         return one

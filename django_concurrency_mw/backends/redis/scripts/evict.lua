@@ -1,4 +1,5 @@
--- Take one holder away, and leave a tombstone for as long as its lease would have lasted: until then it might come back.
+-- Take one holder away, and leave a tombstone for as long as its lease would have lasted: until then it might come back. Then
+-- let in whoever waits for its slot.
 --
 -- KEYS   the semaphore, the tombstones
 -- ARGV   the holder, its token
@@ -16,4 +17,5 @@ if left > 0 then
   redis.call('ZADD', KEYS[2], 'GT', ends, ARGV[2])
   if redis.call('PTTL', KEYS[2]) < left then redis.call('PEXPIRE', KEYS[2], left) end
 end
+lines(now).grant({KEYS[1]})
 return 1

@@ -1,0 +1,193 @@
+-- The lines: who waits for which semaphore, in which order, and who is next. See `wire` for the keys.
+--
+-- This text goes after `members`, before each script that lets others in. `now` is ms of the server's clock; `asker` a token
+-- that needs not be told, as it is the one who asks. Times of granted leases are short (`GRANT`): whoever lives asks at once,
+-- and has its whole lease then; whoever does not keeps nobody waiting for long.
+--
+-- `grant(keys)` lets in whoever is next there. `stops[key]` is then who is next and has no room yet, if anybody, and
+-- `granted` how many were let in so far. Of a process that does not listen nobody is let in: it is dead, or will ask. One
+-- without a channel asks often by itself, and is waited for.
+local PLACE, GRANT = 5000, 5000
+local function beside(key, name)
+  return (string.gsub(key, '}:1:', '}:1:!' .. name .. ':', 1))
+end
+local function record(key, token)
+  return string.match(key, '^[^}]*}:1:') .. '!waiter:' .. token
+end
+local function lines(now, asker)
+  local self = {stops = {}, granted = 0}
+  local heard = {}
+
+  -- The fields of a record: `length:field` each.
+  local function fields(text)
+    local list, at = {}, 1
+    while at <= #text do
+      local colon = string.find(text, ':', at, true)
+      local stop = colon + tonumber(string.sub(text, at, colon - 1))
+      list[#list + 1] = string.sub(text, colon + 1, stop)
+      at = stop + 1
+    end
+    return list
+  end
+
+  -- What somebody waits for, or nil if it has not asked for long.
+  function self.waiter(key, token)
+    local text = redis.call('MGET', record(key, token))[1]
+    return text and self.described(token, text)
+  end
+
+  function self.described(token, text)
+    local list = fields(text)
+    local one = {token = token, channel = list[1], slots = {}}
+    for at = 2, #list, 5 do
+      local asked = tonumber(list[at + 3]) % 4096
+      one.slots[#one.slots + 1] = {
+        key = list[at], limit = tonumber(list[at + 1]), lease = tonumber(list[at + 2]),
+        blocks = asked % 2 == 1, cost = math.floor(asked / 2) + 1, holder = list[at + 4],
+      }
+    end
+    return one
+  end
+
+  local function listens(one)
+    if one.token == asker or one.channel == '' then return true end
+    if heard[one.channel] == nil then
+      local reply = redis.pcall('PUBSUB', 'NUMSUB', one.channel)
+      heard[one.channel] = reply.err ~= nil or reply[2] > 0
+    end
+    return heard[one.channel]
+  end
+
+  local function tell(one)
+    if one.token == asker then return true end
+    if one.channel == '' or heard[one.channel] == false then return false end
+    local reply = redis.pcall('PUBLISH', one.channel, one.token)
+    if type(reply) ~= 'number' then return false end
+    heard[one.channel] = reply > 0
+    return reply > 0
+  end
+
+  local function at(queue, place)
+    return redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'LIMIT', place, 1)[1]
+  end
+
+  function self.count(slot)
+    local count = redis.call('ZCARD', slot.key)
+    if count + slot.cost > slot.limit and redis.call('ZREMRANGEBYSCORE', slot.key, '-inf', now) > 0 then
+      count = redis.call('ZCARD', slot.key)
+    end
+    return count
+  end
+
+  function self.has_room(slot)
+    return self.count(slot) + slot.cost <= slot.limit or redis.call('ZSCORE', slot.key, slot.holder)
+  end
+
+  -- Does nobody who lives stand before this one?
+  local function is_turn(key, token)
+    local queue, place = beside(key, 'queue'), 0
+    while true do
+      local other = at(queue, place)
+      if not other or other == token then return true end
+      local one = self.waiter(key, other)
+      if not one then
+        redis.call('ZREM', queue, other)
+      elseif listens(one) then
+        return false
+      else
+        place = place + 1
+      end
+    end
+  end
+
+  function self.hold(slot, lease)
+    redis.call('ZADD', slot.key, members(slot.holder, now + lease))
+    if redis.call('PTTL', slot.key) < lease then redis.call('PEXPIRE', slot.key, lease) end
+  end
+
+  -- It stands in no line any more, and is forgotten. The keys of the lines that it stood in are added to `left`.
+  function self.leave(one, left)
+    for _, slot in ipairs(one.slots) do
+      if redis.call('ZREM', beside(slot.key, 'queue'), one.token) == 1 then left[#left + 1] = slot.key end
+    end
+    redis.call('PEXPIRE', record(one.slots[1].key, one.token), 0)
+    return left
+  end
+
+  -- The number of a newcomer: the time in microseconds, so that it tells for how long somebody waits, but more than the last.
+  function self.next_number(queue, micros)
+    if redis.call('ZCOUNT', queue, string.format('%.0f', micros), '+inf') == 0 then return micros end
+    local size = redis.call('ZCARD', queue)
+    return redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'WITHSCORES', 'LIMIT', size - 1, 1)[2] + 1
+  end
+
+  -- How many stand there, without those who have not asked for long; who those are is looked up once a second.
+  function self.living(key)
+    local queue, mark = beside(key, 'queue'), beside(key, 'waits')
+    local looked = tonumber(redis.call('MGET', mark)[1] or 0)
+    if looked <= now - 1000 or looked > now then
+      redis.call('SET', mark, string.format('%.0f', now), 'PX', math.max(PLACE, redis.call('PTTL', mark)))
+      for _, token in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf')) do
+        if not redis.call('MGET', record(key, token))[1] then redis.call('ZREM', queue, token) end
+      end
+    end
+    return redis.call('ZCARD', queue)
+  end
+
+  local function stands_elsewhere(one, key)
+    for _, slot in ipairs(one.slots) do
+      if slot.key ~= key and redis.call('ZSCORE', beside(slot.key, 'queue'), one.token) then return true end
+    end
+  end
+
+  -- What the one at the head can have there: all of it, or not even this one, or not another one.
+  local function fits(one, key)
+    local all, here, free = true, true, {}
+    for number, slot in ipairs(one.slots) do
+      local room = self.has_room(slot)
+      free[number] = room and (slot.key == key or is_turn(slot.key, one.token))
+      if slot.blocks and not free[number] then
+        all = false
+        if slot.key == key then here = false end
+      end
+    end
+    return all, here, free
+  end
+
+  function self.grant(keys)
+    local due = {unpack(keys)}
+    local number = 1
+    while due[number] do
+      local key, place = due[number], 0
+      local queue = beside(key, 'queue')
+      self.stops[key] = nil
+      number = number + 1
+      while true do
+        local token = at(queue, place)
+        if not token then break end
+        local one = self.waiter(key, token)
+        if not one then
+          redis.call('ZREM', queue, token)
+        else
+          local all, here, free = fits(one, key)
+          if all and tell(one) then
+            for each, slot in ipairs(one.slots) do
+              if free[each] then self.hold(slot, math.min(slot.lease, GRANT)) end
+            end
+            self.leave(one, due)
+            self.granted = self.granted + 1
+          elseif here and not all and (stands_elsewhere(one, key) or one.channel == '' or tell(one)) then
+            redis.call('ZREM', queue, token) -- it keeps nothing free that it cannot take
+          elseif listens(one) then
+            self.stops[key] = token
+            break
+          else
+            place = place + 1
+          end
+        end
+      end
+    end
+  end
+
+  return self
+end

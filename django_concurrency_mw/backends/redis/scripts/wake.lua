@@ -1,0 +1,23 @@
+-- Let in whoever is next, after slots were given back. It does not free them itself: ZREM does, before it in the same packet,
+-- and needs no script that a server may have forgotten.
+--
+-- KEYS   the semaphore of each slot
+-- ARGV   the token of each
+-- Returns how many were let in.
+--
+-- Who gives back does not wait any more either: it leaves all lines.
+local due, records = {}, {}
+for i, key in ipairs(KEYS) do records[i] = record(key, ARGV[i]) end
+records = redis.call('MGET', unpack(records))
+for i, key in ipairs(KEYS) do
+  if records[i] or redis.call('ZCARD', beside(key, 'queue')) > 0 then due[#due + 1] = key end
+end
+if not due[1] then return 0 end
+local time = redis.call('TIME')
+local line = lines(time[1] * 1000 + math.floor(time[2] / 1000))
+for i, key in ipairs(KEYS) do
+  if records[i] then line.leave(line.described(ARGV[i], records[i]), due) end
+  redis.call('ZREM', beside(key, 'queue'), ARGV[i])
+end
+line.grant(due)
+return line.granted
