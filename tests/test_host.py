@@ -871,7 +871,7 @@ class TestProcesses:
         if pid == 0:
             child = made(path)
             child.take([slot("childs")])
-            table.Table._count = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+            table.Table.count = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
             child.take([slot(token="never", limit=9)])
         os.waitpid(pid, 0)
         words = opened(store).words
@@ -915,7 +915,7 @@ class TestInside:
         assert held_by_state(opened(store)) == {layout.HELD: 1}, "it was not carried out at once"
         assert [holder.token for holder in store.snapshot()] == ["new"]
 
-    @pytest.mark.parametrize("where", ["try_lock", "write", "commit", "drop", "_count"])
+    @pytest.mark.parametrize("where", ["try_lock", "write", "commit", "drop", "count"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
     def test_an_exception_inside_leaves_neither_lock_nor_slot(
         self,
@@ -956,7 +956,7 @@ class TestInside:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(table.Table, "_count", interrupted)
+            patch.setattr(table.Table, "count", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.give([slot()])
         assert other.take([slot(token="next")]) == Taken((True,), (1,))

@@ -21,7 +21,9 @@ from typing import Any, Final, TypeVar
 
 from ...exceptions import BackendError
 from ...keeper import keeper
+from . import bells
 from .layout import Header, Layout
+from .lines import serve
 from .locking import UNLOCK, try_lock, unlock
 from .opening import is_at, open_file, open_table
 from .table import Table
@@ -52,6 +54,7 @@ class _Not(Enum):
 #: As names of this module, which every call looks up faster than those of a class.
 _NOT_NOW: Final = _Not.NOW
 _DIRTY: Final = Header.DIRTY
+_outbox: Final = bells.outbox
 
 
 class Inside(BackendError):
@@ -67,7 +70,8 @@ class StaysLocked(BackendError):
 
 
 class Access:
-    """The one opened file of a store. Opens it with the first call, and again when it is not there any more.
+    """The one opened file of a store. Opens it with the first call, and again when it is not there any more. What a call has
+    freed goes to those who wait for it while the table is still locked; they are told afterwards.
 
     `saved(former, now)` reads what is to be kept of a table that is not there any more, `moved(that, table, now)` puts it into
     the new one, which is locked meanwhile; for the first table that is nothing.
@@ -129,6 +133,8 @@ class Access:
         finally:
             if self._late:
                 self._carry_out_late()
+            if _outbox:
+                bells.ring()
         return reply
 
     async def acall(self, work: Work[A, R], argument: A) -> R:
@@ -149,6 +155,8 @@ class Access:
         finally:
             if self._late:
                 self._carry_out_late()
+            if _outbox:
+                bells.ring()
         return reply
 
     def put_aside(self, work: Work[A, object], argument: A) -> None:
@@ -221,7 +229,10 @@ class Access:
                     table.rebuild()
                 if self._late:
                     self._do_late(table, now)
-                return work(table, argument, now)
+                reply = work(table, argument, now)
+                if table.due:
+                    serve(table, now)
+                return reply
             finally:
                 self._inside = False
                 if self._fd >= 0:
@@ -290,6 +301,8 @@ class Access:
         """Where it does not work now, it is done with the next call."""
         with contextlib.suppress(BackendError):
             self._attempt(_nothing, None, False)
+        if _outbox:
+            bells.ring()
 
 
 def _nothing(table: Table, argument: None, now: int) -> None:

@@ -3,9 +3,12 @@
     header      512 words           the words named in `Header`
     processes   1,024 x 4 words     pid, since when; which numbers are taken is told by locks, not by this
     peaks       1,024 x 128 bytes   name of a policy (hash and text), the most that were in flight on one of its keys
-    states      1 byte per cell     FREE, HELD, QUEUED or EVICTED: writing it is what takes or gives a slot
+    states      1 byte per cell     FREE, HELD, QUEUED, EVICTED or ASKED: writing it is what takes or gives a slot
     cells       448 bytes each      16 words and room for text: one holder or waiter
     index       64 bytes each       two entries per cell: totals and queue of each semaphore, made from states and cells
+
+One who waits has a cell for each slot it asks for: QUEUED where it stands in line, ASKED where it does not. They have one
+ticket, and each names the next of them, in a ring. Neither counts.
 
 A cell counts by its weight. Its owner is a process's number, or NOBODY: it was handed over, and lives to the end of its lease.
 
@@ -32,7 +35,7 @@ NOBODY: Final = PROCESSES
 DEFAULT_CELLS, FEWEST_CELLS, MOST_CELLS = 16_384, 64, 1_048_576
 
 # States of a cell.
-FREE, HELD, QUEUED, EVICTED = range(4)
+FREE, HELD, QUEUED, EVICTED, ASKED = range(5)
 
 
 class Header:
@@ -70,8 +73,12 @@ class Cell:
     SINCE, EXPIRES = 4, 5
     #: The limit that the caller applied, and its ttl in ns. For a waiter: what it asks for.
     LIMIT, TTL = 6, 7
-    #: For waiters: the next cell of the same queue plus 1, and whom to wake. The last six words are free.
+    #: For waiters: the next cell of the same line plus 1, and whom to wake (0: nobody can be).
     NEXT, WAKE = 8, 9
+    #: The cell before it in the line plus 1; the next cell of the same waiter plus 1; the number by which it joined the line
+    #: and by which lines are made anew (one of the takes'; 0: it stands in none); the number of its place, one more than that
+    #: of the one before it was; whether it waits for this slot (0) or takes it along where one is free (1). One word is free.
+    PREVIOUS, SIBLING, TURN, NUMBER, ALONG = 10, 11, 12, 13, 14
 
     WORDS = 56
 

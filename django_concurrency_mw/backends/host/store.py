@@ -8,15 +8,27 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 
+from ...bells import Bell
 from ...exceptions import PermanentBackendError, did_you_mean, shown
-from ...outcomes import Full, Slot, Taken, TakeReply
-from ..base import BackendConfig, BaseBackend, Holder, Restore, age_of, check_message, has_host, worker_suffix
-from . import noted, people
+from ...outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
+from ..base import (
+    PLACE_FOR,
+    BackendConfig,
+    BaseBackend,
+    Holder,
+    Restore,
+    Waiter,
+    age_of,
+    check_message,
+    has_host,
+    worker_suffix,
+)
+from . import bells, lines, noted, people
 from .access import Access, Inside
 from .layout import (
     DEFAULT_CELLS,
@@ -25,7 +37,9 @@ from .layout import (
     FREE,
     HELD,
     MOST_CELLS,
+    QUEUED,
     TOKEN_ROOM,
+    Header,
     Layout,
     Named,
     fitted,
@@ -48,6 +62,17 @@ Known = tuple[str, str, bytes]
 #: One of them with the state and the content of its cell.
 Saved = tuple[Known, int, bytes]
 
+#: What the table says of slots that are asked for: of each one the total of its semaphore, and whether it may be held; what is
+#: to be written for that; and the cells to be freed before, which are of the same tokens: those by which it waited, and lapsed
+#: ones that nobody has swept yet.
+Answer = tuple[list[int], list[bool], dict[Known, Wanted], list[int]]
+
+#: How long one who does not ask again keeps its places (ns).
+STANDS_FOR: Final = int(PLACE_FOR * 1e9)
+#: The cell of one who has none.
+NOWHERE: Final = -1
+_IN_LINES: Final = Header.WAITING
+
 #: What was handed over is claimed elsewhere, and not given back here: from so many places on it is looked which are over.
 TIDY_FROM = 1024
 
@@ -59,6 +84,7 @@ class HostBackend(BaseBackend):
     """`OPTIONS`: `path`, a file; `slots`, how many may be in flight in all, rounded up to a power of two (16,384)."""
 
     supports_semaphores: ClassVar[bool] = True
+    supports_wait: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
     #: A take has no point at which it could be cancelled but those at which nothing is taken.
     cancel_safe: ClassVar[bool] = True
@@ -89,6 +115,15 @@ class HostBackend(BaseBackend):
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         return self._access.call(self._take, slots)
 
+    def bell(self) -> Bell:
+        return bells.bell()
+
+    def abell(self) -> Bell:
+        return bells.abell()
+
+    def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        return self._access.call(self._queue, (slots, most, bell))
+
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         try:
             return self._access.call(self._give, slots)
@@ -112,13 +147,18 @@ class HostBackend(BaseBackend):
         return bool(self._visit(lambda table, token, now: table.evict(token), token))
 
     def snapshot(self) -> Sequence[Holder]:
-        def copied_by_one_of_us(table: Table, _: None, now: int) -> people.Copy:
+        def copied_by_one_of_us(table: Table, state: int, now: int) -> people.Copy:
             if table.number != VISITOR:
                 table.sweep(now, force=True)
-            return people.copy(table, _, now)
+                lines.serve(table, now)
+            return people.copy(table, state, now)
 
-        copied = self._visit(copied_by_one_of_us, None)
+        copied = self._visit(copied_by_one_of_us, HELD)
         return [] if copied is None else people.holders(copied)
+
+    def waiters(self) -> Sequence[Waiter]:
+        copied = self._visit(people.copy, QUEUED)
+        return [] if copied is None else people.waiters(copied)
 
     def blind_spot(self) -> str:
         if self._access.takes_part or os.path.lexists(self._where()):
@@ -144,6 +184,9 @@ class HostBackend(BaseBackend):
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return await self._access.acall(self._take, slots)
+
+    async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
+        return await self._access.acall(self._queue, (slots, most, bell))
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         try:
@@ -188,30 +231,99 @@ class HostBackend(BaseBackend):
     # -- what is done there -----------------------------------------------------------------------------------------
 
     def _take(self, table: Table, slots: Sequence[Slot], now: int) -> TakeReply:
-        totals, fits, new, lapsed = self._ask(table, slots, now)
-        if False in fits:
-            if table.sweep(now):
-                totals, fits, new, lapsed = self._ask(table, slots, now)
-            full = tuple([slot.block and not fit for slot, fit in zip(slots, fits)])  # noqa: B905  # strict is slow
+        answer = self._ask(table, slots, now)
+        if False in answer[1]:
+            answer = self._ask_again(table, slots, answer, now)
+            full = _blocked(slots, answer[1])
             if True in full:
-                return _full(full, tuple(totals))
+                return _full(full, tuple(answer[0]))
+        return self._take_all(table, slots, answer, now)
+
+    def _take_all(self, table: Table, slots: Sequence[Slot], answer: Answer, now: int) -> Taken:
+        """All that fits, which every blocking one does."""
+        totals, fits, new, over = answer
         if new:
-            totals = self._hold(table, new, lapsed, now)
+            totals = self._hold(table, new, over, now)
             if len(totals) != len(slots):  # some were held before, or do not fit
                 totals = self._ask(table, slots, now)[0]
+        elif over:
+            table.drop(over)
         return _taken(tuple(fits), tuple(totals))
 
-    def _ask(
-        self, table: Table, slots: Sequence[Slot], now: int
-    ) -> tuple[list[int], list[bool], dict[Known, Wanted], list[int]]:
-        """Of each slot the total of its semaphore, and whether it may be held; what is to be written for that; and the cells
-        to be freed for that, which are lapsed ones of the same tokens that nobody has swept yet."""
+    def _ask_again(self, table: Table, slots: Sequence[Slot], answer: Answer, now: int) -> Answer:
+        """Some do not fit: is there anybody dead or lapsed? And those who wait for these may not need what is free, or whoever
+        freed it died before they had it."""
+        changed = table.sweep(now)
+        if table.words[_IN_LINES]:
+            table.due.extend(
+                [semaphore(*slot.semaphore) for slot, fit in zip(slots, answer[1], strict=True) if not fit]
+            )
+            changed = True
+            lines.serve(table, now)
+        return self._ask(table, slots, now) if changed else answer
+
+    def _queue(self, table: Table, asked: tuple[Sequence[Slot], Sequence[int | None], Bell], now: int) -> QueueReply:
+        slots, most, bell = asked
+        answer = self._ask(table, slots, now)
+        if False in answer[1]:
+            answer = self._ask_again(table, slots, answer, now)
+        full = _blocked(slots, answer[1])
+        if True not in full:
+            return self._take_all(table, slots, answer, now)
+        totals = tuple(answer[0])
+        rooms = [room for room, is_full in zip(most, full, strict=True) if is_full]
+        if None in rooms:
+            self._leave(table, slots)
+            return _full(full, totals)
+        for slot, room, is_full in zip(slots, most, full, strict=True):
+            if is_full and room is not None and self._is_line_full(table, slot, room):
+                self._leave(table, slots)
+                return LineFull(full, totals)
+        ahead = self._stand(table, slots, full, bell, now)
+        return Queued(full, totals, ahead, lines.ask_again(table, ahead, bells.number_of(bell)))
+
+    def _is_line_full(self, table: Table, slot: Slot, room: int) -> bool:
+        place = self._known.get((slot.token, slot.policy, slot.key.digest))
+        stands = place is not None and table.state(place) == QUEUED
+        return not stands and lines.waiting(table, semaphore(*slot.semaphore)) >= room
+
+    def _stand(self, table: Table, slots: Sequence[Slot], full: Sequence[bool], bell: Bell, now: int) -> int:
+        """In the lines of those that are full, and no other. Returns how many are before it in the longest."""
+        wanted: dict[Known, Wanted] = {}
+        in_line: dict[Known, bool] = {}
+        blocks: dict[Known, bool] = {}
+        for slot, is_full in zip(slots, full, strict=True):
+            known = (slot.token, slot.policy, slot.key.digest)
+            wanted[known] = (named(slot.policy, slot.key.digest, slot.key.text), slot, int(slot.ttl * 1e9))
+            in_line[known] = is_full or in_line.get(known, False)
+            blocks[known] = slot.block or blocks.get(known, False)
+        places = {known: place for known in wanted if (place := self._known.get(known)) and table.waits(place)}
+        if len(places) < len(wanted) or len({ticket for _, ticket in places.values()}) > 1:
+            self._leave(table, slots)  # it has lost some of its places, or is half in and half out
+            places = _write(table, wanted, now)
+            lines.tie(table, [cell for cell, _ in places.values()], list(blocks.values()))
+            self._known.update(places)
+        cells = [cell for cell, _ in places.values()]
+        stands = list(in_line.values())
+        lines.stand(table, cells, stands, bells.number_of(bell), now + STANDS_FOR)
+        stood = [cell for cell, in_one in zip(cells, stands, strict=True) if in_one]
+        if isinstance(bell, bells.HostBell):
+            bell.stands(table.map, [table.states_at + cell for cell in stood])
+        return max([lines.ahead(table, cell) for cell in stood])
+
+    def _leave(self, table: Table, slots: Sequence[Slot]) -> None:
+        """These are neither waited for nor held."""
+        self._give(table, slots, 0)
+
+    def _ask(self, table: Table, slots: Sequence[Slot], now: int) -> Answer:
+        """See `Answer`."""
         places = self._known
         totals: list[int] = []
         fits: list[bool] = []
         new: dict[Known, Wanted] = {}
         ahead: dict[Named, int] = {}
-        lapsed: list[int] = []
+        over: list[int] = []
+        in_lines = table.words[_IN_LINES]
         for slot in slots:
             policy, key, cost = slot.policy, slot.key, slot.cost
             digest = key.digest
@@ -222,21 +334,24 @@ class HostBackend(BaseBackend):
             until = table.held_until(place) if place else 0
             if until > now:
                 fit = True
-            elif fit and not ((before := ahead.get(name, 0)) and known in new):
-                fit = total + before <= room  # what stands before it in this very take counts, too
-                if fit:
-                    new[known] = (name, slot, int(slot.ttl * 1e9))
-                    ahead[name] = before + cost
-                    if place and until:
-                        lapsed.append(place[0])
+            else:
+                if place and (until or table.waits(place)):
+                    over.append(place[0])
+                if in_lines and fit:  # nobody overtakes who waits
+                    fit = lines.is_turn(table, name[:2], place[0] if place else NOWHERE)
+                if fit and not ((before := ahead.get(name, 0)) and known in new):
+                    fit = total + before <= room  # what stands before it in this very take counts, too
+                    if fit:
+                        new[known] = (name, slot, int(slot.ttl * 1e9))
+                        ahead[name] = before + cost
             totals.append(total)
             fits.append(fit)
-        return totals, fits, new, lapsed
+        return totals, fits, new, over
 
-    def _hold(self, table: Table, new: Mapping[Known, Wanted], lapsed: Sequence[int], now: int) -> list[int]:
+    def _hold(self, table: Table, new: Mapping[Known, Wanted], over: Sequence[int], now: int) -> list[int]:
         """Returns the totals."""
-        if lapsed:
-            table.drop(lapsed)
+        if over:
+            table.drop(over)
         places = _write(table, new, now)
         if len(self._known) > 2 * table.layout.cells:
             self._forget_gone(table)
@@ -260,7 +375,10 @@ class HostBackend(BaseBackend):
                 cells[place[0]] = known
             else:
                 given.append(False)
-                places.pop(known, None)
+                if place and table.waits(place):
+                    cells[place[0]] = known
+                else:
+                    places.pop(known, None)
         if cells:
             table.drop(cells)
             for known in cells.values():  # after that: whoever is thrown out before it gives back once more
@@ -336,7 +454,7 @@ class HostBackend(BaseBackend):
                 if back:
                     table.extend(place, now + ttl)
             else:
-                back = state != EVICTED and now < until * 1e9
+                back = state == FREE and now < until * 1e9
                 if back:
                     name = named(slot.policy, slot.key.digest, slot.key.text)
                     self._hold(table, {known: (name, slot, ttl)}, (), now)
@@ -348,7 +466,7 @@ class HostBackend(BaseBackend):
         return [
             (one, state, table.raw(place))
             for one, place in self._known.items()
-            if (state := table.state(place)) != FREE and table.expires(place) > now
+            if (state := table.state(place)) in (HELD, EVICTED) and table.expires(place) > now
         ]
 
     def _moved(self, saved: Sequence[Saved], table: Table, now: int) -> None:
@@ -366,6 +484,11 @@ class HostBackend(BaseBackend):
 
 def _holder_name(token: str, policy: str, digest: bytes) -> HolderName:
     return (*semaphore(policy, digest), readable(fitted(token, TOKEN_ROOM)))
+
+
+def _blocked(slots: Sequence[Slot], fits: Sequence[bool]) -> tuple[bool, ...]:
+    """Which of them are in the way of a take."""
+    return tuple([slot.block and not fit for slot, fit in zip(slots, fits)])  # noqa: B905  # strict is slow
 
 
 def _write(table: Table, new: Mapping[Known, Wanted], now: int) -> dict[Known, Place]:

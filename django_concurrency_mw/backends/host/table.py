@@ -9,13 +9,15 @@ freed by its lease's end only, never because a process is dead.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Final, TypeVar
 
 from ...exceptions import BackendError
 from ...outcomes import Slot
 from .layout import (
+    ASKED,
     CELL,
     EVICTED,
     FREE,
@@ -54,6 +56,8 @@ K = TypeVar("K")
 Place = tuple[int, int]
 #: A holder as its cell names it: the semaphore's two words, the token.
 HolderName = tuple[int, int, str]
+#: A semaphore by its two words.
+Name = tuple[int, int]
 #: A cell that is to be written: semaphore, slot, ttl in ns.
 Wanted = tuple[Named, Slot, int]
 
@@ -61,6 +65,7 @@ Wanted = tuple[Named, Slot, int]
 _DIRTY, _LAST, _HINT, _HIGH = Header.DIRTY, Header.TICKET, Header.HINT, Header.HIGH
 _LO, _TICKET, _OWNER, _EXPIRES = Cell.LO, Cell.TICKET, Cell.OWNER, Cell.EXPIRES
 _TOTAL, _WAITING = Entry.TOTAL, Entry.WAITING
+_IN_LINES: Final = Header.WAITING
 _CELL, _CELL_SIZE, _ENTRY = Cell.WORDS, CELL.size, Entry.WORDS
 _pack = CELL.pack_into
 assert Entry.LO == Cell.LO
@@ -74,6 +79,7 @@ class Table:
         "_index",
         "_index_end",
         "_mask",
+        "due",
         "fd",
         "identity",
         "layout",
@@ -86,6 +92,9 @@ class Table:
     def __init__(self, fd: int, mapped: mmap.mmap, layout: Layout, number: int, identity: tuple[int, int]) -> None:
         self.fd, self.layout, self.number, self.identity = fd, layout, number, identity
         self.map = mapped
+        #: Of these semaphores something may have become free for those who wait. It stands over the call, should that be cut
+        #: short; and that we are killed is found out by those who wait.
+        self.due: deque[Name] = deque()
         self.words: memoryview[int] = memoryview(mapped).cast("Q")
         self.states_at = layout.states_at
         self._cells, self._index, self._mask = layout.cells_word, layout.index_word, layout.entries - 1
@@ -100,7 +109,11 @@ class Table:
         found = words[at]
         if found == hi and words[at + _LO] == lo:
             return words[at + _TOTAL]
-        return words[self._entry(hi, lo) + _TOTAL] if found else 0
+        return words[self.entry(hi, lo) + _TOTAL] if found else 0
+
+    def word(self, cell: int) -> int:
+        """The first one of the cell."""
+        return self._cells + cell * _CELL
 
     def state(self, place: Place) -> int:
         """Of the cell, if it still is this holder's; else FREE."""
@@ -108,6 +121,10 @@ class Table:
         if self.words[self._cells + cell * _CELL + _TICKET] != ticket:
             return FREE
         return self.map[self.states_at + cell]
+
+    def waits(self, place: Place) -> bool:
+        """Does its cell say that it waits?"""
+        return self.state(place) in (QUEUED, ASKED)
 
     def expires(self, place: Place) -> int:
         """When the lease ends (monotonic ns)."""
@@ -126,9 +143,9 @@ class Table:
         at = self.layout.cells_at + place[0] * CELL.size
         return self.map[at : at + CELL.size]
 
-    def living(self, now: int, semaphores: Collection[int] | None = None) -> list[int]:
-        """The cells that are held, by leases and processes that have not ended; of all semaphores, or of those whose names
-        begin with one of these words."""
+    def living(self, now: int, semaphores: Collection[int] | None = None, state: int = HELD) -> list[int]:
+        """The cells that are held, or in that state, by leases and processes that have not ended; of all semaphores, or of
+        those whose names begin with one of these words."""
         start, end = self._cells, self._cells + self.words[Header.HIGH] * Cell.WORDS
         used = self._used()
         if semaphores is not None:
@@ -136,11 +153,11 @@ class Table:
             used = [cell for cell in used if starts[cell] in semaphores]
         owners = [owner >> 32 for owner in self.words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
         ends = self.words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
-        held = [cell for cell in used if self.map[self.states_at + cell] == HELD and ends[cell] > now]
-        dead = self._dead({owners[cell] for cell in held})
+        held = [cell for cell in used if self.map[self.states_at + cell] == state and ends[cell] > now]
+        dead = self.dead({owners[cell] for cell in held})
         return [cell for cell in held if owners[cell] not in dead]
 
-    def _dead(self, numbers: Collection[int]) -> set[int]:
+    def dead(self, numbers: Collection[int]) -> set[int]:
         """Which of these owners are processes that have ended."""
         others = set(numbers) - {self.number, NOBODY}
         return {number for number in others if not any_alive(self.fd, number)}
@@ -227,13 +244,18 @@ class Table:
         for cell, _ in places:
             mapped[states_at + cell] = state
             if state == HELD:
-                totals.append(self._count(cell, 1))
+                totals.append(self.count(cell, 1))
         # Cells are taken from the lowest free one on, so all below the last of these are in use.
         words[_HINT] = cell + 1
         if cell >= words[_HIGH]:
             words[_HIGH] = cell + 1
         words[_DIRTY] = 0
         return totals
+
+    def reaches(self, cell: int) -> None:
+        """This one was the last of those that were written last, as in `commit`."""
+        self.words[_HINT] = cell + 1
+        self.words[_HIGH] = max(self.words[_HIGH], cell + 1)
 
     def extend(self, place: Place, expires: int) -> None:
         """The lease ends then (monotonic ns)."""
@@ -243,21 +265,27 @@ class Table:
         """Free these cells, whatever they are."""
         if not cells:
             return
-        words, mapped, states_at, requeue = self.words, self.map, self.states_at, False
+        words, mapped, states_at = self.words, self.map, self.states_at
         words[_DIRTY] = 1
+        if words[_IN_LINES]:
+            for cell in cells:
+                self._is_due(cell)
         for cell in cells:
             state = mapped[states_at + cell]
             # Before anything else: from here on the slot is free, whatever comes.
             mapped[states_at + cell] = FREE
             if state == HELD:
-                self._count(cell, -1)
+                self.count(cell, -1)
             elif state == QUEUED:
-                requeue = True
+                self.unlink(cell)
             if cell < words[_HINT]:
                 words[_HINT] = cell
-        if requeue:
-            self.rebuild()
         words[_DIRTY] = 0
+
+    def _is_due(self, cell: int) -> None:
+        """Something of its semaphore is about to become free."""
+        at = self._cells + cell * _CELL
+        self.due.append((self.words[at], self.words[at + _LO]))
 
     def evict(self, token: str) -> int:
         """Take away what this token holds. The cells stay until their leases would have ended, so that all know of it."""
@@ -267,8 +295,9 @@ class Table:
                 continue
             if unpack_text(self.map, self.layout.cells_at + cell * CELL.size)[2] == token:
                 self.words[Header.DIRTY] = 1
+                self._is_due(cell)
                 self.map[self.states_at + cell] = EVICTED
-                self._count(cell, -1)
+                self.count(cell, -1)
                 self.words[Header.DIRTY] = 0
                 evicted += 1
         return evicted
@@ -301,7 +330,7 @@ class Table:
         start, end = self._cells, self._cells + high * Cell.WORDS
         owners = [owner >> 32 for owner in words[start + Cell.OWNER : end : Cell.WORDS].tolist()]
         ends = words[start + Cell.EXPIRES : end : Cell.WORDS].tolist()
-        dead = self._dead({owners[cell] for cell in used})
+        dead = self.dead({owners[cell] for cell in used})
         gone = [cell for cell in used if ends[cell] <= now or owners[cell] in dead]
         self.drop(gone)
         words[Header.RECLAIMED] += len(gone)
@@ -312,22 +341,31 @@ class Table:
         words, layout = self.words, self.layout
         words[Header.DIRTY] = 1
         self.map[layout.index_at : layout.size] = bytes(layout.size - layout.index_at)
-        words[Header.HIGH], words[Header.HINT] = layout.cells, 0
+        words[Header.HIGH], words[Header.HINT], words[Header.WAITING] = layout.cells, 0, 0
         used = self._used()
+        self._take_back_half_a_grant(used)
         queued = []
         for cell in used:
             state = self.map[self.states_at + cell]
             if state == HELD:
-                self._count(cell, 1)
+                self.count(cell, 1)
             elif state == QUEUED:
                 queued.append(cell)
-        queued.sort(key=lambda cell: words[self._cells + cell * Cell.WORDS + Cell.TICKET])
+        queued.sort(key=lambda cell: words[self._cells + cell * Cell.WORDS + Cell.TURN])
         for cell in queued:
-            self._enqueue(cell)
-        words[Header.WAITING] = len(queued)
+            self.enqueue(cell)
         words[Header.HIGH] = used[-1] + 1 if used else 0
         words[Header.REBUILT] += 1
         words[Header.DIRTY] = 0
+
+    def _take_back_half_a_grant(self, used: Sequence[int]) -> None:
+        """One who waited was just given its slots, of which some are held and others are not: it waits on."""
+        words, states, at = self.words, self.map[self.states_at : self.states_at + self.layout.cells], self._cells
+        waiting = {words[at + cell * Cell.WORDS + Cell.TICKET] for cell in used if states[cell] in (QUEUED, ASKED)}
+        for cell in used:
+            if states[cell] == HELD and words[at + cell * Cell.WORDS + Cell.TICKET] in waiting:
+                stood = words[at + cell * Cell.WORDS + Cell.TURN]
+                self.map[self.states_at + cell] = QUEUED if stood else ASKED
 
     # -- the index --------------------------------------------------------------------------------------------------
 
@@ -335,7 +373,7 @@ class Table:
         states = self.map[self.states_at : self.states_at + self.words[Header.HIGH]]
         return [cell for cell, state in enumerate(states) if state]
 
-    def _entry(self, hi: int, lo: int) -> int:
+    def entry(self, hi: int, lo: int) -> int:
         """The word at which the entry of this semaphore is, or is to be."""
         words, start, mask = self.words, self._index, self._mask
         home = hi & mask
@@ -350,7 +388,7 @@ class Table:
                 return at
         raise self._damaged()
 
-    def _count(self, cell: int, sign: int) -> int:
+    def count(self, cell: int, sign: int) -> int:
         """Add a cell's weight to its semaphore, or take it off. Returns the total. An entry that counts nobody goes."""
         words, at = self.words, self._cells + cell * _CELL
         hi, lo = words[at], words[at + _LO]
@@ -358,7 +396,7 @@ class Table:
         found = words[entry]
         if found != hi or words[entry + _LO] != lo:
             if found:  # another one's: look further
-                entry = self._entry(hi, lo)
+                entry = self.entry(hi, lo)
                 found = words[entry]
             if not found:
                 words[entry + _LO] = lo
@@ -376,20 +414,39 @@ class Table:
                 words[entry + _LO] = 0
         return total
 
-    def _enqueue(self, cell: int) -> None:
+    def enqueue(self, cell: int) -> None:
+        """Its line ends with this cell, which is in none."""
         words, at = self.words, self._cells + cell * Cell.WORDS
-        entry = self._entry(words[at], words[at + Cell.LO])
-        words[at + Cell.NEXT] = 0
+        entry = self.entry(words[at], words[at + Cell.LO])
         if not words[entry]:
             words[entry + Entry.LO] = words[at + Cell.LO]
             words[entry] = words[at]
         tail = words[entry + Entry.TAIL]
+        words[at + Cell.NEXT], words[at + Cell.PREVIOUS], number = 0, tail, 1
         if tail:
-            words[self._cells + (tail - 1) * Cell.WORDS + Cell.NEXT] = cell + 1
+            before = self._cells + (tail - 1) * Cell.WORDS
+            words[before + Cell.NEXT], number = cell + 1, words[before + Cell.NUMBER] + 1
         else:
             words[entry + Entry.HEAD] = cell + 1
+        words[at + Cell.NUMBER] = number
         words[entry + Entry.TAIL] = cell + 1
         words[entry + Entry.WAITING] += 1
+        words[_IN_LINES] += 1
+
+    def unlink(self, cell: int) -> None:
+        """It stands in its line no more. An entry for which nobody waits, and that counts nobody, goes."""
+        words, cells, at = self.words, self._cells, self._cells + cell * Cell.WORDS
+        entry = self.entry(words[at], words[at + Cell.LO])
+        before, behind = words[at + Cell.PREVIOUS], words[at + Cell.NEXT]
+        to_it = cells + (before - 1) * Cell.WORDS + Cell.NEXT if before else entry + Entry.HEAD
+        back_to_it = cells + (behind - 1) * Cell.WORDS + Cell.PREVIOUS if behind else entry + Entry.TAIL
+        if words[to_it] != cell + 1 or words[back_to_it] != cell + 1:
+            raise self._damaged()
+        words[to_it], words[back_to_it] = behind, before
+        words[entry + Entry.WAITING] -= 1
+        words[_IN_LINES] -= 1
+        if not words[entry + Entry.WAITING] and not words[entry + Entry.TOTAL]:
+            self._remove(entry)
 
     def _remove(self, entry: int) -> None:
         """Empty an entry, and move those up that stand behind it only because it was in their way (Knuth 6.4, R)."""

@@ -12,8 +12,10 @@ from time import monotonic, monotonic_ns, sleep
 from typing import Final, TypeVar
 
 from ...exceptions import BackendError
+from . import bells
 from .access import LONGEST_NAP, TIMEOUT, StaysLocked
 from .layout import Header, Layout
+from .lines import serve
 from .locking import try_lock
 from .opening import find_file, is_at, look_into
 from .table import Table
@@ -39,9 +41,13 @@ def visit(path: Path, layout: Layout, work: Callable[[Table, A, int], R], argume
                 return None
             if table.words[Header.DIRTY]:
                 table.rebuild()
-            return work(table, argument, monotonic_ns())
+            now = monotonic_ns()
+            reply = work(table, argument, now)
+            serve(table, now)
+            return reply
         finally:
             os.close(fd)  # and with it the lock
+            bells.ring()
     raise BackendError(f"{path} is replaced all the time")
 
 
