@@ -16,7 +16,7 @@ WAITERS = {"loop": 1000 if LONG else 200, "threads": 1000 if LONG else 60}
 
 
 @pytest.mark.parametrize("half", list(WAITERS))
-@pytest.mark.parametrize("kind", ["memory"])
+@pytest.mark.parametrize("kind", ["memory", "host", "redis"])
 def test_they_are_admitted_in_the_order_in_which_they_were_queued(
     kind: str, half: str, nursery: Nursery, request: pytest.FixtureRequest, prefix: str, tmp_path: Path
 ) -> None:

@@ -6,9 +6,8 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 from django.test import override_settings
 
@@ -88,15 +87,19 @@ class Client:
 class Child:
     """A forked process: `work` gets the descriptors that it reads its orders from, and answers by."""
 
+    #: Ours of all children. Whoever is forked later closes them, or the end of the orders would be seen by nobody.
+    _ours: ClassVar[set[int]] = set()
+
     def __init__(self, work: Callable[[int, int], None]) -> None:
         orders, self._tell = os.pipe()
         self._told, answers = os.pipe()
+        self._ours |= {self._tell, self._told}
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
-                os.close(self._tell)
-                os.close(self._told)
+                for descriptor in self._ours:
+                    os.close(descriptor)
                 work(orders, answers)
                 code = 0
             except BaseException:
@@ -119,14 +122,17 @@ class Child:
 
     def end(self) -> int:
         """No more orders: it comes to its end by itself. Returns its exit code."""
-        os.close(self._tell)
+        self._close(self._tell)
         _, status = os.waitpid(self.pid, 0)
-        os.close(self._told)
+        self._close(self._told)
         return os.waitstatus_to_exitcode(status)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self._tell)
-        os.close(self._told)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._close(self._tell)
+        self._close(self._told)
+
+    def _close(self, descriptor: int) -> None:
+        os.close(descriptor)
+        self._ours.discard(descriptor)
