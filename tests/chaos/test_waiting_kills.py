@@ -10,12 +10,14 @@ import pytest
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.host.store import HostBackend
+from django_concurrency_mw.outcomes import Taken
 
 from ..host_file import consistent, held_by_state
 from ..redis_server import RedisServer
 from ..support import backend_entry, wait_until
 from . import LONG
 from .nursery import Nursery
+from .scenarios.common import Client
 from .scenarios.kills import CAP
 from .test_host_chaos import table_of
 
@@ -47,7 +49,9 @@ def has_nothing_left(kind: str, backend: dict[str, Any], server: RedisServer | N
             assert all(client.pttl(key) > 0 for key in client.scan_iter(f"{prefix}*")), "it would stay for ever"
     else:
         store = HostBackend(BackendConfig("default", "host", options=backend["OPTIONS"]))
-        store.snapshot()
+        one = Client(store, "after")
+        assert isinstance(one.ask(), Taken), "it sweeps the dead"
+        one.give()
         assert held_by_state(table_of(store)) == {}
         assert consistent(table_of(store)) == []
         store.close()

@@ -27,6 +27,10 @@ PROCESSES = 2
 #: Slots of A and of B; and how many of each process want one of A, of B, and one of both.
 A, B = 4, 1
 OF_A, OF_B, OF_BOTH = A // PROCESSES, 2, 4
+#: How often somebody has to have had both in the end.
+MANY = 10
+#: Between two slots. Whoever wants both seldom finds both free where others take either all the time.
+PAUSE = [(None, None)] * 4
 POLICIES = {
     name: {"key": "global", "max_concurrent": limit, "wait": 120, "max_waiting": 100, "ttl": 60}
     for name, limit in {"a": A, "b": B}.items()
@@ -121,19 +125,20 @@ class Worker:
         number = 0
         while not board.over[0]:
             number += 1
-            while board.round[0] < number <= self.ordered and not board.over[0]:
+            while board.round[0] < min(number, self.ordered + 1) and not board.over[0]:
                 yield None, None
             yield Together("a", waits=number > self.ordered), lambda number=number: self._meet(index, place, number)
+            yield from PAUSE
 
     def _take_b(self, index: int) -> Any:
         while not self.board.over[0]:
             yield Together("b"), lambda: self._use(index, "b")
-            yield None, None
+            yield from PAUSE
 
     def _take_both(self, index: int) -> Any:
         while not self.board.over[0]:
             yield Together("a", "b"), lambda: self._use(index, "a", "b")
-            yield None, None
+            yield from PAUSE
 
     def _meet(self, index: int, place: int, number: int) -> Any:
         """It leaves when all others are inside too."""
@@ -189,9 +194,9 @@ def both(backend: dict[str, Any], folder: str, ordered: int, rounds: int) -> dic
         in_order = in_order and until(lambda number=number: min(board.inside) >= number)
         in_order = in_order and until(lambda: list(store.counts([of_a])) == [0])
     met, rejected = min(board.inside), board.rejected[0]
-    board.both[0] = 0
+    board.both[0], board.round[0] = 0, ordered + 1
     holder.give()
-    until(lambda: min(board.inside) >= ordered + rounds and board.both[0] >= rounds)
+    until(lambda: min(board.inside) >= ordered + rounds and board.both[0] >= MANY)
     answer = {
         "in line": in_line,
         "in order": met,
