@@ -121,6 +121,26 @@ def test_w018_is_silent_where_the_server_does_not_say(limits: Limits, memory: An
     assert ids() == []
 
 
+@pytest.mark.parametrize("missing", ["-subscribe", "-publish", "-pubsub", "resetchannels"])
+def test_w026_a_redis_that_lets_nobody_be_told_that_it_is_his_turn(
+    limits: Limits, user: Any, prefix: str, missing: str
+) -> None:
+    entry = on_redis(user("allchannels", missing), prefix)
+    limits(everything(), BACKENDS=entry)
+    assert ids() == [], "it is nothing to a site where nobody waits"
+    limits(everything(wait=2), BACKENDS=entry)
+    (warning,) = found()
+    assert warning.id == "django_concurrency_mw.W026"
+    assert f"&{{{prefix}}}:1:* +publish +subscribe +pubsub|numsub" in warning.hint
+    user("allchannels", "+@all")
+    assert ids() == []
+
+
+def test_w026_is_silent_about_a_redis_that_is_away(limits: Limits, prefix: str) -> None:
+    limits(everything(wait=2), BACKENDS=on_redis(f"redis://127.0.0.1:{free_port()}/0", prefix))
+    assert ids() == ["W006"]
+
+
 def test_a_redis_that_never_answers_takes_the_time_of_one_call(limits: Limits, prefix: str) -> None:
     timeout = 0.3
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -17,7 +17,7 @@ from django.test import RequestFactory, override_settings
 
 from django_concurrency_mw import concurrency_limit, conf, keys
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
-from django_concurrency_mw.backends.redis.errors import PERMISSIONS
+from django_concurrency_mw.backends.redis.errors import LISTENING, PERMISSIONS
 from django_concurrency_mw.drivers import run
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import decide
@@ -81,7 +81,7 @@ def test_a_semaphore_is_called_what_the_page_says(names: dict[str, Any], redis_s
             assert view(request).status_code == 200
             assert seen == [block("stores.md", "text", "report-exports").strip()]
             assert wait_until(lambda: not list(client.scan_iter("{concurrency}:*")))
-        for key in re.findall(r"\{concurrency\}:1:exports:(\w+)", block("stores.md", "text", "EVALSHA")):
+        for key in re.findall(r"\{concurrency\}:1:exports:(\w+)", block("stores.md", "text", "take.lua")):
             assert seen[0].split(":")[-1].startswith(key)
 
 
@@ -248,7 +248,8 @@ def test_every_proof_of_the_page_on_guarantees_is_there() -> None:
 
 def test_the_rights_of_the_page_on_stores_are_those_that_a_check_names() -> None:
     named = PERMISSIONS.split("* ", 1)[1]
-    assert named in block("stores.md", "text", "ACL SETUSER")
+    assert named in block("stores.md", "text", "+eval ")
+    assert LISTENING.split("* ", 1)[1] in block("stores.md", "text", "+subscribe")
 
 
 SITE = """

@@ -280,6 +280,10 @@ class BaseBackend(ABC):
         """Django check messages about this store's configuration. Must not be slow and must not raise."""
         return []
 
+    def check_waiting(self) -> Sequence[Any]:
+        """The same about what only those need who wait; asked where a policy has `wait`."""
+        return []
+
 
 def check_message(store: BaseBackend, error: Exception, hint: str) -> CheckMessage:
     """What a check says of a store that cannot be used: an error with its cure, or a warning with this hint."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from django.conf import settings
@@ -14,7 +15,8 @@ from .. import backends
 from ..backends import BaseBackend
 from ..backends.base import check_message
 from ..chain import imported
-from .common import backends_are_set, configuration, stores
+from ..limiter import store_of
+from .common import backends_are_set, configuration, policies, stores
 
 #: Caches whose clear() is FLUSHDB.
 FLUSHING = frozenset({"django.core.cache.backends.redis.RedisCache", "django_redis.cache.RedisCache"})
@@ -25,12 +27,26 @@ def check_stores(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     config = configuration()
     if config is None:
         return []
-    return [message for store in stores(config) for message in _said(store)]
+    return [message for store in stores(config) for message in _said(store, store.check)]
 
 
-def _said(store: BaseBackend) -> Sequence[CheckMessage]:
+def check_waiting(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """W026: what the stores say of themselves where a policy lets requests wait."""
+    config = configuration()
+    if config is None:
+        return []
+    found: dict[int, BaseBackend] = {}
+    for policy in policies(config):
+        if policy.wait:
+            with contextlib.suppress(Exception):  # about one that cannot be used E002 has the word
+                store = store_of(policy, config)
+                found[id(store)] = store
+    return [message for store in found.values() for message in _said(store, store.check_waiting)]
+
+
+def _said(store: BaseBackend, check: Callable[[], Sequence[CheckMessage]]) -> Sequence[CheckMessage]:
     try:
-        return store.check()
+        return check()
     except Exception as error:  # a store of the project's may fail in any way
         return [check_message(store, error, "Its own check failed; until it works ON_BACKEND_ERROR decides.")]
 

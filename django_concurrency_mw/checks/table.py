@@ -16,7 +16,7 @@ from .drf import check_api_views
 from .middleware import check_identity, check_middleware, check_order
 from .policies import check_keys, check_leases, check_nobody
 from .settings import check_decorators, check_policies, check_settings
-from .stores import check_caches, check_default_store, check_same_count, check_stores
+from .stores import check_caches, check_default_store, check_same_count, check_stores, check_waiting
 from .urls import check_health, check_patterns, check_second_names
 
 
@@ -73,6 +73,7 @@ CHECKS: tuple[Check, ...] = (
     Check("W021", "A policy counts by the session, which signed_cookies does not identify.", check_keys),
     Check("W022", "A header with an underscore in its name, which servers drop.", check_keys),
     Check("W023", "A view is reachable under another name, outside its policy.", check_second_names),
+    Check("W026", "A Redis does not let those who wait be told that it is their turn.", check_waiting),
     Check("I001", "A policy admits nobody.", check_nobody),
 )
 

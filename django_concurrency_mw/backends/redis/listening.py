@@ -69,6 +69,18 @@ class Ear:
             await first.await_(self._recipe.timeout)
         return self._hears
 
+    def refusal(self) -> ResponseError | None:
+        """What the server says to whoever wants to listen, if it refuses. Raises: whatever a lost connection does."""
+        try:
+            self._connect()
+        except ResponseError as error:
+            return None if passes(error) else error
+        finally:
+            conn, self._conn = self._conn, None
+            if conn is not None:
+                conn.disconnect()
+        return None
+
     def close(self) -> None:
         """Stop listening, if nobody waits."""
         with self._lock:

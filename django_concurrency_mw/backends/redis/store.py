@@ -291,6 +291,18 @@ class RedisBackend(BaseBackend):
             messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W018"))
         return messages
 
+    def check_waiting(self) -> Sequence[CheckMessage]:
+        """Tries to listen once, for `socket_timeout` at most. Of a server that cannot be asked `check` has the word."""
+        try:
+            refusal = Ear(self._recipe, self._channel, self._deaf).refusal()
+        except Exception:
+            return []
+        if refusal is None:
+            return []
+        message = f"{self.config.place}: nobody can be told that it is his turn: {refusal}"
+        hint = f"Until then those who wait ask every 50 ms. {listening(self._keys)}"
+        return [Warning(message, hint=hint, id="django_concurrency_mw.W026")]
+
     def _evicts(self) -> str:
         """The server's maxmemory-policy, if it may remove our keys; empty if not, and where it does not say."""
         try:

@@ -7,7 +7,17 @@ whole. The number of members is the count: a holder of cost c says so behind its
 members more of two lines, its token and a number from 2 on, which the scripts make and remove with it.
 Names that begin with `!` after the version are reserved, as no policy can be called so: `!evicted`, see `evict.lua`; `!peaks`,
 a sorted set of policies with the most that were in flight as score; `!process:` and a process's part of its tokens, a string
-of two lines, its host's name and its pid.
+of two lines, its host's name and its pid. And for those who wait, see `lines.lua`:
+
+- `!queue:policy:digest`, the line of a semaphore: a sorted set of tokens, by the microsecond of the server's clock at which
+  each joined, or one more than the last. It expires a while after the last question of anybody in it.
+- `!waiter:token`, what others have to know of one who waits to let it in: a string of fields, each as its length, a colon and
+  itself. First the channel of its process, or nothing where that hears nothing; then five for each slot that it wants: key,
+  limit, lease in ms, how it is asked for (the third argument of `take.lua`), holder. It expires when its owner has not asked
+  for long, and with it all its places.
+- `!waits:policy:digest`, a mark: somebody who may wait has used this semaphore within a lease; so releases wake. Its value
+  is the ms at which a line that seemed full was last looked through for who is not there any more.
+- `!wake:` and a process's part of its tokens is no key but a channel: each message is the token of one who has to ask.
 """
 
 from __future__ import annotations
