@@ -16,8 +16,7 @@ import redis
 
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.backends.base import Restore
-from django_concurrency_mw.backends.host import access, layout, opening
-from django_concurrency_mw.backends.host import store as host_store
+from django_concurrency_mw.backends.host import access, layout, opening, ours
 from django_concurrency_mw.backends.host.layout import Header
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.memory import MemoryBackend
@@ -315,8 +314,8 @@ class TestAmongProcesses:
     def test_what_was_claimed_elsewhere_is_forgotten(
         self, host: HostBackend, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(host_store, "TIDY_FROM", 16)
-        host._tidy_from = 16
+        monkeypatch.setattr(ours, "TIDY_FROM", 16)
+        host._ours.tidy_from = 16
         other = made(path)
         for number in range(500):
             old, new = slot(f"old-{number}"), slot(f"new-{number}")
@@ -324,7 +323,7 @@ class TestAmongProcesses:
             host.detach([old])
             assert other.claim([(carried(old), new)])
             other.give([new])
-        assert len(host._known) <= 17
+        assert len(host._ours.places) <= 17
         other.close()
 
     def test_a_full_table_is_an_error_and_changes_nothing(self, host: HostBackend) -> None:

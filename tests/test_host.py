@@ -250,7 +250,7 @@ class TestSemaphores:
             one = slot(key=str(number))
             assert isinstance(store.take([one]), Taken)
             store.give([one])
-        assert store._known == {}
+        assert store._ours.places == {}
         words, plan = opened(store).words, opened(store).layout
         assert not any(words[plan.index_word : plan.index_word + plan.entries * 8 : 8])
 

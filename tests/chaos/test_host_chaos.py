@@ -8,13 +8,12 @@ import os
 import random
 import signal
 import struct
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -28,7 +27,9 @@ from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
+from .. import killing as killing_itself
 from ..host_file import consistent, held_by_state, tokens_there
+from ..killing import PACKAGE, Killed
 from ..support import wait_until
 from . import LONG
 from .kernel_gauge import Gauge
@@ -38,7 +39,6 @@ POINTS = 10**9 if LONG else 40
 INTERRUPTIONS = 40_000 if LONG else 1_500
 #: Seconds of killing.
 KILLING = 120.0 if LONG else 2.0
-PACKAGE = os.path.join("backends", "host", "")
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def lost(store: HostBackend) -> None:
 
 
 #: name -> (what a process does, then the call in which it is killed)
-CALLS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend], Any]]] = {
+CALLS: dict[str, Killed] = {
     "take": (nothing, lambda store: store.take(mine())),
     "give": (taken, lambda store: store.give(mine())),
     "renew": (taken, lambda store: store.renew([(one, 60) for one in mine()])),
@@ -129,7 +129,7 @@ CALLS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend], An
     "open again": (lost, lambda store: store.give(mine()[:1])),
 }
 #: The same, of what outlives a process.
-HAND_OVERS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend], Any]]] = {
+HAND_OVERS: dict[str, Killed] = {
     "detach": (taken, lambda store: store.detach(mine())),
     "claim": (nothing, lambda store: store.claim(handed_over())),
 }
@@ -137,38 +137,7 @@ HAND_OVERS: dict[str, tuple[Callable[[HostBackend], None], Callable[[HostBackend
 
 def killed_at(point: int, path: Path, name: str) -> int:
     """A process that kills itself before the bytecode of that number. Returns how many there were, 0 if it was killed."""
-    told, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            store = made(path)
-            prepare, call = {**CALLS, **HAND_OVERS}[name]
-            prepare(store)
-            seen = 0
-
-            def trace(frame: FrameType, event: str, argument: object) -> Any:
-                nonlocal seen
-                if PACKAGE not in frame.f_code.co_filename:
-                    return None
-                frame.f_trace_opcodes = True
-                if event == "opcode":
-                    seen += 1
-                    if seen == point:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                return trace
-
-            sys._getframe().f_trace_opcodes = True
-            sys.settrace(trace)
-            call(store)
-            sys.settrace(None)
-            os.write(tell, struct.pack("i", seen))
-        finally:
-            os._exit(0)
-    os.close(tell)
-    answer = os.read(told, 4)
-    os.close(told)
-    os.waitpid(pid, 0)
-    return struct.unpack("i", answer)[0] if answer else 0
+    return killing_itself.killed_at(point, partial(made, path), {**CALLS, **HAND_OVERS}[name])
 
 
 @pytest.mark.parametrize("name", list(CALLS))
@@ -293,7 +262,7 @@ def test_exceptions_of_signal_handlers_leave_nothing_behind(store: HostBackend, 
     print(f"struck {struck} times, {inside} of them inside the store")
     assert inside > INTERRUPTIONS / 10
     assert sorted(holder.token for holder in other.snapshot()) == sorted(one.token for one in own)
-    assert set(store._known) == {(one.token, one.policy, one.key.digest) for one in own}
+    assert set(store._ours.places) == {(one.token, one.policy, one.key.digest) for one in own}
     thread = threading.Thread(target=store.give, args=(own,), daemon=True)
     thread.start()
     thread.join(5)

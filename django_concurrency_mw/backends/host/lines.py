@@ -20,7 +20,7 @@ from .table import Name, Table
 #: wake.
 FIRST_ASKS, ASK_OFTEN = 0.1, 0.02
 #: From so many on that wait, in all lines together, they ask less often.
-MANY: Final = 32
+MANY: Final = 100
 
 
 def waiting(table: Table, name: Name) -> int:
@@ -88,17 +88,17 @@ def step_out(table: Table, cell: int) -> None:
     table.map[table.states_at + cell] = ASKED
     table.words[at + Cell.TURN] = 0
     table.unlink(cell)
-    table.due.append((table.words[at], table.words[at + Cell.LO]))
+    table.due[table.words[at], table.words[at + Cell.LO]] = None
 
 
 def serve(table: Table, now: int) -> None:
     """Who is next gets what is free, in all lines that are due."""
     due = table.due
     while due:
-        name = due[0]
+        name = next(iter(due))
         while (first := _first(table, name)) and _settled(table, first - 1, now):
             pass
-        due.popleft()
+        due.pop(name, None)
 
 
 def _settled(table: Table, cell: int, now: int) -> bool:
@@ -160,7 +160,7 @@ def _grant(table: Table, cells: Sequence[int], fits: Sequence[bool], now: int) -
     for cell in stood:
         table.unlink(cell)
         if cell != cells[0]:  # that one's line is looked at now
-            table.due.append((words[table.word(cell)], words[table.word(cell) + Cell.LO]))
+            table.due[words[table.word(cell)], words[table.word(cell) + Cell.LO]] = None
     if len(held) < len(cells):  # it stays dirty up to the end of that
         table.drop([cell for cell, fit in zip(cells, fits, strict=True) if not fit])
     else:
