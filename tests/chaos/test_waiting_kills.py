@@ -27,6 +27,8 @@ TTL = {"host": 60.0, "redis": 0.6}
 PAUSE = {"host": 0.05, "redis": 0.2}
 #: Seconds without an admission: the promise, and what a busy machine may make of it.
 STALL, LOOSER = 1.5, 5
+#: Seconds in which each one gets ten more slots, when all is well again: about one, and thirty where nobody is woken.
+CALM = 15.0
 
 
 def keeps_the_promises(seen: dict[str, Any]) -> None:
@@ -35,6 +37,7 @@ def keeps_the_promises(seen: dict[str, Any]) -> None:
     assert seen["most"] == CAP, "never above it, and all of it was used"
     assert seen["rejected"] == 0
     assert seen["goes on"], "somebody waits for ever"
+    assert seen["calm"] < CALM, "those who wait are not woken any more, and find out only when they ask again"
     assert set(seen["codes"]) == {0}
     assert seen["left"] == []
     assert seen["stall"] < STALL * LOOSER

@@ -135,17 +135,27 @@ class Chaos:
         self.workers[number] = Child(work)
 
     def kill_one(self) -> None:
+        """By turns one that holds a slot, and one that only waits, if there is one soon."""
+        holding = sum(self.kills.values()) % 2 == 0
         number = random.randrange(WORKERS)
+        for _ in range(1000):
+            if any(self._inside(number)) == holding:
+                break
+            number = random.randrange(WORKERS)
+            sleep(0.0001)
         self.workers.pop(number).kill()
         killed = monotonic()
-        places = slice(number * CREW, (number + 1) * CREW)
-        self.kills["holding" if any(self.board.entered[places]) else "waiting"] += 1
-        self.board.entered[places] = memoryview(bytes(8 * CREW)).cast("Q")
+        self.kills["holding" if any(self._inside(number)) else "waiting"] += 1
+        self._inside(number)[:] = memoryview(bytes(8 * CREW)).cast("Q")
         if self.backend["BACKEND"] == "redis":
             process = f"{self.board.processes[number]:016x}"
             mine = [one for one in self.store.snapshot() if process_of(one.token) == process]
             self.dead += [(killed, monotonic() + one.lease_left, one.cost) for one in mine]
         self.start(number)
+
+    def _inside(self, number: int) -> memoryview:
+        """Since when each of a worker's places is inside."""
+        return self.board.entered[number * CREW : (number + 1) * CREW]
 
     def go_on(self, times: int = 3) -> bool:
         """Does everybody get a slot so many times more?"""
@@ -203,14 +213,17 @@ def _run(chaos: Chaos, trouble: Callable[[Chaos], None]) -> dict[str, Any]:
     if began:
         trouble(chaos)
     during, troubled = sum(board.admitted) - before, monotonic() - since
-    goes_on = chaos.go_on()
-    last, codes = monotonic(), chaos.end() if goes_on else chaos.stop()
+    calm = monotonic()
+    goes_on = chaos.go_on(10)
+    last = monotonic()
+    codes = chaos.end() if goes_on else chaos.stop()
     over = monotonic()
     empty = until(lambda: not store.snapshot() and not store.waiters())
     stamps = sorted(map(float, (chaos.folder / "admissions").read_text().split()))
     return {
         "began": began,
         "goes on": goes_on,
+        "calm": last - calm,
         "codes": codes,
         "most": board.most[0],
         "rejected": board.rejected[0],
