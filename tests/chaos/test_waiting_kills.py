@@ -78,6 +78,17 @@ def test_those_who_are_left_go_on_while_others_are_killed(
     has_nothing_left(kind, backend, request.getfixturevalue("redis_server") if kind == "redis" else None)
 
 
+@pytest.mark.parametrize("kind", ["host", "redis"])
+def test_who_stands_behind_the_dead_does_not_wait_for_them(
+    kind: str, nursery: Nursery, request: pytest.FixtureRequest, prefix: str, tmp_path: Path
+) -> None:
+    """Nothing is granted to them, one after another, until each lease ends."""
+    seen = nursery.run("behind_the_dead", backend=backend_entry(kind, request, prefix, tmp_path), dead=10)
+    print(f"{kind}: {seen}")
+    assert (seen["stand"], seen["ahead"], seen["got"]) == (True, 10, True)
+    assert seen["waited"] < STALL * LOOSER
+
+
 def test_those_whose_wake_up_calls_are_cut_off_go_on(
     nursery: Nursery, redis_server: RedisServer, request: pytest.FixtureRequest, prefix: str, tmp_path: Path
 ) -> None:

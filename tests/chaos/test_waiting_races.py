@@ -22,5 +22,6 @@ def test_a_time_out_that_races_a_release_loses_no_slot(
     print(f"{kind}: {seen}")
     assert sum(seen["seen"].values()) == ROUNDS
     assert min(seen["seen"].get(reply, 0) for reply in ("Taken", "Full")) > ROUNDS / 20, "it was no race"
+    assert seen["late"] < ROUNDS / 10, "the next one is not told that it is its turn"
     assert seen["codes"] == [0]
     assert seen["empty"]

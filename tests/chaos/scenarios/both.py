@@ -196,7 +196,7 @@ def both(backend: dict[str, Any], folder: str, ordered: int, rounds: int) -> dic
     met, rejected = min(board.inside), board.rejected[0]
     board.both[0], board.round[0] = 0, ordered + 1
     holder.give()
-    until(lambda: min(board.inside) >= ordered + rounds and board.both[0] >= MANY)
+    went_on = in_order and until(lambda: min(board.inside) >= ordered + rounds and board.both[0] >= MANY)
     answer = {
         "in line": in_line,
         "in order": met,
@@ -206,7 +206,7 @@ def both(backend: dict[str, Any], folder: str, ordered: int, rounds: int) -> dic
     }
     board.over[0] = 1
     return answer | {
-        "codes": [child.end() for child in children],
+        "codes": [child.end() if went_on else child.kill() for child in children],
         "most": {name: most[0] for name, most in board.most.items()},
         "rejected at all": board.rejected[0],
         "empty": until(lambda: not store.snapshot() and not store.waiters()),

@@ -16,10 +16,11 @@ from typing import Any
 
 from django_concurrency_mw import ConcurrencyLimitExceeded, hold
 from django_concurrency_mw.backends import BaseBackend
+from django_concurrency_mw.outcomes import Queued, Taken
 from django_concurrency_mw.tokens import process_id, process_of
 
 from ..kernel_gauge import Gauge
-from .common import Child, apart, site, until
+from .common import SOON, Child, Client, apart, site, until
 
 WORKERS, CREW = 4, 4
 PLACES = WORKERS * CREW
@@ -202,6 +203,40 @@ def cutting(backend: dict[str, Any], folder: str, times: int, pause: float, ttl:
                 cut += int(client.execute_command("CLIENT", "KILL", "TYPE", "pubsub"))
 
     return _run(Chaos(backend, Path(folder), ttl, CAP), disconnect) | {"cut": cut}
+
+
+def behind_the_dead(backend: dict[str, Any], dead: int) -> dict[str, Any]:
+    """So many stand in line before somebody, all of one process, which is killed. How long does that one wait after that?"""
+
+    def work(orders: int, answers: int) -> None:
+        store = apart(backend)
+        clients = [Client(store, "p") for _ in range(dead)]
+        os.write(answers, b"y" if all(isinstance(client.ask(), Queued) for client in clients) else b"n")
+        os.read(orders, 1)
+
+    gate = Child(lambda orders, answers: _hold_until_told(backend, orders, answers))
+    assert gate.hear() == b"y"
+    child = Child(work)
+    stand = child.hear() == b"y"
+    store = apart(backend)
+    behind = Client(store, "p")
+    reply = behind.ask()
+    child.kill()
+    began = monotonic()
+    gate.ask(b"g")
+    got = behind.wait(2 * SOON)
+    waited = monotonic() - began
+    behind.give()
+    return {"stand": stand, "ahead": getattr(reply, "ahead", None), "got": got, "waited": waited}
+
+
+def _hold_until_told(backend: dict[str, Any], orders: int, answers: int) -> None:
+    holder = Client(apart(backend), "p")
+    os.write(answers, b"y" if isinstance(holder.ask(), Taken) else b"n")
+    os.read(orders, 1)
+    holder.give()
+    os.write(answers, b"y")
+    os.read(orders, 1)
 
 
 def _run(chaos: Chaos, trouble: Callable[[Chaos], None]) -> dict[str, Any]:
