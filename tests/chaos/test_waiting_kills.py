@@ -86,7 +86,7 @@ def test_who_stands_behind_the_dead_does_not_wait_for_them(
     seen = nursery.run("behind_the_dead", backend=backend_entry(kind, request, prefix, tmp_path), dead=10)
     print(f"{kind}: {seen}")
     assert (seen["stand"], seen["ahead"], seen["got"]) == (True, 10, True)
-    assert seen["waited"] < STALL * LOOSER
+    assert seen["waited"] < 2 * STALL, "less than what is granted to the dead is kept for them"
 
 
 def test_those_whose_wake_up_calls_are_cut_off_go_on(

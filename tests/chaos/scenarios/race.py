@@ -10,6 +10,7 @@ from collections import Counter
 from time import monotonic, monotonic_ns
 from typing import Any
 
+from django_concurrency_mw.backends.base import ASK_AGAIN
 from django_concurrency_mw.outcomes import Full, Queued, Taken
 
 from .common import SOON, Child, Client, apart, until
@@ -48,6 +49,7 @@ def race(backend: dict[str, Any], rounds: int) -> dict[str, Any]:
             elif order == ASK:
                 answer = isinstance(following.ask(), Taken)
             elif order == AWAIT:
+                following.bell.wait(ASK_AGAIN)  # as one does who was told that it stands in line
                 answer = following.wait(SOON)
             else:
                 following.give()
