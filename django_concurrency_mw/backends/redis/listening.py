@@ -179,7 +179,7 @@ class Ear:
                 idle_since = monotonic()
             elif self._hurry.is_set() or monotonic() - idle_since > CLOSE_AFTER:
                 return
-            conn.until(monotonic() + ASK_AFTER)
+            conn.until(monotonic() + (max(ASK_AFTER, self._recipe.timeout) if asked else ASK_AFTER))
             try:
                 reply = conn.read_response(disconnect_on_error=False)
             except TimeoutError:

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,13 @@ from typing import Any, ClassVar
 
 from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ...bells import Bell
 from ...exceptions import BackendError
 from ...keeper import keeper
 from ...outcomes import QueueReply, Slot, TakeReply
-from ...tokens import process_id, process_of
+from ...tokens import process_id
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, Waiter, check_message, probe_slot
 from . import wire
 from .connecting import Recipe, server_of
@@ -35,6 +35,7 @@ from .errors import classed, listening
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
 from .listening import Ear
+from .looking import Looks
 from .mux import Mux
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -70,6 +71,7 @@ class RedisBackend(BaseBackend):
         self.timeout = self._recipe.timeout
         self.server = server_of(self._recipe.keywords)
         self._keys = wire.Keys(config.key_prefix)
+        self._looks = Looks(self._recipe, self._keys)
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
@@ -172,64 +174,13 @@ class RedisBackend(BaseBackend):
         return [True] * len(slots)
 
     def evict(self, token: str) -> bool:
-        found = False
-        try:
-            with self._recipe.client() as client:
-                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member, _ in client.zscan_iter(
-                        key, match=wire.exactly(token.encode() + b"\n") + b"*", count=1000
-                    ):
-                        if not wire.is_filler(member):
-                            gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member, token)
-                            found = bool(gone) or found
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return found
+        return self._looks.evict(token)
 
     def snapshot(self) -> Sequence[Holder]:
-        holders: list[Holder] = []
-        try:
-            with self._recipe.client() as client:
-                seconds, micros = client.time()
-                now = seconds * 1000 + micros / 1000
-                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
-                        if not wire.is_filler(member):
-                            holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
-                known = self._processes(client, {process_of(one.token) for one in holders})
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return [wire.with_process(one, known) for one in holders]
+        return self._looks.holders()
 
     def waiters(self) -> Sequence[Waiter]:
-        found: list[Waiter] = []
-        try:
-            with self._recipe.client() as client:
-                seconds, micros = client.time()
-                now = seconds * 1_000_000 + micros
-                for line in client.scan_iter(match=self._keys.lines_pattern, count=1000, _type="zset"):
-                    standing = client.zrangebyscore(line, "-inf", "+inf", withscores=True)
-                    if not standing:
-                        continue
-                    records = client.mget([self._keys.waiter(token) for token, _ in standing])
-                    living = [(*one, record) for one, record in zip(standing, records, strict=True) if record]
-                    found += [
-                        wire.waiting(line, self._keys.prefix, place, joined, now, record)
-                        for place, (_, joined, record) in enumerate(living, 1)
-                    ]
-                known = self._processes(client, {process_of(one.token) for one in found})
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return [wire.with_process(one, known) for one in found]
-
-    def _processes(self, client: Any, names: Collection[str]) -> dict[str, bytes | None]:
-        """What these processes say of themselves; nothing where the user of LOCATION may not read that."""
-        if not names:
-            return {}
-        try:
-            return dict(zip(names, client.mget([self._keys.process(name) for name in names]), strict=True))
-        except NoPermissionError:
-            return {}
+        return self._looks.waiters()
 
     def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
         if not slots:
@@ -243,19 +194,10 @@ class RedisBackend(BaseBackend):
         self._call(packed, (), lambda: packed)
 
     def peaks(self) -> Mapping[str, int]:
-        try:
-            with self._recipe.client() as client:
-                found = client.zrangebyscore(self._keys.peaks, "-inf", "+inf", withscores=True)
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return {policy.decode("utf-8", "replace"): int(most) for policy, most in found}
+        return self._looks.peaks()
 
     def reset_peaks(self) -> None:
-        try:
-            with self._recipe.client() as client:  # a command that requests need, too: no more has to be allowed
-                client.zremrangebyscore(self._keys.peaks, "-inf", "+inf")
-        except Exception as error:
-            raise classed(error, self._keys) from error
+        self._looks.reset_peaks()
 
     def count_place(self) -> Hashable:
         return self.server, self.config.key_prefix

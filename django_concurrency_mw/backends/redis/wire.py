@@ -53,7 +53,8 @@ class Script:
 
     def __init__(self, *names: str) -> None:
         texts = [(files(__package__) / "scripts" / f"{each}.lua").read_bytes() for each in ("members", *names)]
-        self.text = b"".join(line for text in texts for line in text.splitlines(True) if not line.startswith(b"--"))
+        lines = [line.strip() for text in texts for line in text.splitlines()]
+        self.text = b"\n".join([line for line in lines if line and not line.startswith(b"--")])
         self.sha = hashlib.sha1(self.text).hexdigest().encode()
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
         self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}

@@ -18,22 +18,16 @@ local function lines(now, asker)
   local self = {stops = {}, granted = 0}
   local heard = {}
 
-  -- The fields of a record: `length:field` each.
-  local function fields(text)
+  -- The fields of a record, the first `most` or all: `length:field` each.
+  local function fields(text, most)
     local list, at = {}, 1
-    while at <= #text do
+    while at <= #text and #list ~= most do
       local colon = string.find(text, ':', at, true)
       local stop = colon + tonumber(string.sub(text, at, colon - 1))
       list[#list + 1] = string.sub(text, colon + 1, stop)
       at = stop + 1
     end
     return list
-  end
-
-  -- What somebody waits for, or nil if it has not asked for long.
-  function self.waiter(key, token)
-    local text = redis.call('MGET', record(key, token))[1]
-    return text and self.described(token, text)
   end
 
   function self.described(token, text)
@@ -49,13 +43,13 @@ local function lines(now, asker)
     return one
   end
 
-  local function listens(one)
-    if one.token == asker or one.channel == '' then return true end
-    if heard[one.channel] == nil then
-      local reply = redis.pcall('PUBSUB', 'NUMSUB', one.channel)
-      heard[one.channel] = reply.err ~= nil or reply[2] > 0
+  local function listens(token, channel)
+    if token == asker or channel == '' then return true end
+    if heard[channel] == nil then
+      local reply = redis.pcall('PUBSUB', 'NUMSUB', channel)
+      heard[channel] = reply.err ~= nil or reply[2] > 0
     end
-    return heard[one.channel]
+    return heard[channel]
   end
 
   local function tell(one)
@@ -67,8 +61,35 @@ local function lines(now, asker)
     return reply > 0
   end
 
-  local function at(queue, place)
-    return redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'LIMIT', place, 1)[1]
+  -- Walk along a line: `next` gives a token and its record. Who has not asked for long is taken out, and whoever is known to be
+  -- dead is passed over; who else is passed over counts itself in `passed`. The first is mostly the only one to be looked at.
+  local function walk(key)
+    local queue, size, number = beside(key, 'queue'), 1, 0
+    local tokens, texts = {}, {}
+    local along = {passed = 0}
+    function along.next()
+      while true do
+        number = number + 1
+        if not tokens[number] then
+          tokens = redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'LIMIT', along.passed, size)
+          if not tokens[1] then return nil end
+          local names = {}
+          for i, token in ipairs(tokens) do names[i] = record(key, token) end
+          texts = redis.call('MGET', unpack(names))
+          number = 1
+        end
+        local token, text = tokens[number], texts[number]
+        if not text then
+          redis.call('ZREM', queue, token)
+        elseif token ~= asker and heard[fields(text, 1)[1]] == false then
+          along.passed = along.passed + 1
+        else
+          return token, text
+        end
+        size = math.min(4 * size, 64)
+      end
+    end
+    return along
   end
 
   function self.count(slot)
@@ -85,18 +106,12 @@ local function lines(now, asker)
 
   -- Does nobody who lives stand before this one?
   local function is_turn(key, token)
-    local queue, place = beside(key, 'queue'), 0
+    local along = walk(key)
     while true do
-      local other = at(queue, place)
+      local other, text = along.next()
       if not other or other == token then return true end
-      local one = self.waiter(key, other)
-      if not one then
-        redis.call('ZREM', queue, other)
-      elseif listens(one) then
-        return false
-      else
-        place = place + 1
-      end
+      if listens(other, fields(text, 1)[1]) then return false end
+      along.passed = along.passed + 1
     end
   end
 
@@ -155,35 +170,30 @@ local function lines(now, asker)
   end
 
   function self.grant(keys)
-    local due = {unpack(keys)}
-    local number = 1
+    local due, number = {unpack(keys)}, 1
     while due[number] do
-      local key, place = due[number], 0
-      local queue = beside(key, 'queue')
+      local key = due[number]
+      local along = walk(key)
       self.stops[key] = nil
       number = number + 1
       while true do
-        local token = at(queue, place)
+        local token, text = along.next()
         if not token then break end
-        local one = self.waiter(key, token)
-        if not one then
-          redis.call('ZREM', queue, token)
-        else
-          local all, here, free = fits(one, key)
-          if all and tell(one) then
-            for each, slot in ipairs(one.slots) do
-              if free[each] then self.hold(slot, math.min(slot.lease, GRANT)) end
-            end
-            self.leave(one, due)
-            self.granted = self.granted + 1
-          elseif here and not all and (stands_elsewhere(one, key) or one.channel == '' or tell(one)) then
-            redis.call('ZREM', queue, token) -- it keeps nothing free that it cannot take
-          elseif listens(one) then
-            self.stops[key] = token
-            break
-          else
-            place = place + 1
+        local one = self.described(token, text)
+        local all, here, free = fits(one, key)
+        if all and tell(one) then
+          for each, slot in ipairs(one.slots) do
+            if free[each] then self.hold(slot, math.min(slot.lease, GRANT)) end
           end
+          self.leave(one, due)
+          self.granted = self.granted + 1
+        elseif here and not all and (stands_elsewhere(one, key) or one.channel == '' or tell(one)) then
+          redis.call('ZREM', beside(key, 'queue'), token) -- it keeps nothing free that it cannot take
+        elseif listens(token, one.channel) then
+          self.stops[key] = token
+          break
+        else
+          along.passed = along.passed + 1
         end
       end
     end

@@ -20,7 +20,8 @@ for i, slot in ipairs(one.slots) do
   stands[i] = redis.call('ZCARD', beside(slot.key, 'queue')) > 0
 end
 
--- First those before it: something may have become free without a word, or they are dead.
+-- First those before it: something may have become free without a word, or they are dead. Where it is the first itself and
+-- there is room, it is let in by this, or else taken out of that line and those behind it are let in.
 repeat
   local before = line.granted
   for i, slot in ipairs(one.slots) do
@@ -70,7 +71,7 @@ if verdict < 3 then
   return reply(verdict)
 end
 
-local list, left, ahead, again = reply(3), {}, 0, 1000
+local list, ahead, again = reply(3), 0, 1000
 redis.call('SET', record(one.slots[1].key, token), ARGV[2], 'PX', place)
 for i, slot in ipairs(one.slots) do
   local queue = beside(slot.key, 'queue')
@@ -87,11 +88,8 @@ for i, slot in ipairs(one.slots) do
       local first = redis.call('ZRANGEBYSCORE', slot.key, '-inf', '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
       if first[2] then again = math.min(again, first[2] - now + 1) end
     end
-  elseif redis.call('ZREM', queue, token) == 1 then
-    left[#left + 1] = slot.key
   end
 end
-lines(now).grant(left) -- where it may be its own turn meanwhile: it is told as anybody is
 list[#list + 1] = ahead
 list[#list + 1] = math.max(0, math.ceil(again))
 return list

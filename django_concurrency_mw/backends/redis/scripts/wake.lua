@@ -6,18 +6,24 @@
 -- Returns how many were let in.
 --
 -- Who gives back does not wait any more either: it leaves all lines.
-local due, records = {}, {}
+local due, known, records = {}, {}, {}
 for i, key in ipairs(KEYS) do records[i] = record(key, ARGV[i]) end
 records = redis.call('MGET', unpack(records))
 for i, key in ipairs(KEYS) do
-  if records[i] or redis.call('ZCARD', beside(key, 'queue')) > 0 then due[#due + 1] = key end
+  if not known[key] and (records[i] or redis.call('ZCARD', beside(key, 'queue')) > 0) then
+    due[#due + 1], known[key] = key, true
+  end
 end
 if not due[1] then return 0 end
 local time = redis.call('TIME')
 local line = lines(time[1] * 1000 + math.floor(time[2] / 1000))
 for i, key in ipairs(KEYS) do
-  if records[i] then line.leave(line.described(ARGV[i], records[i]), due) end
+  local left = {}
+  if records[i] then line.leave(line.described(ARGV[i], records[i]), left) end
   redis.call('ZREM', beside(key, 'queue'), ARGV[i])
+  for _, other in ipairs(left) do
+    if not known[other] then due[#due + 1], known[other] = other, true end
+  end
 end
 line.grant(due)
 return line.granted
