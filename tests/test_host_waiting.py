@@ -27,6 +27,7 @@ from django_concurrency_mw.backends.host import bells, lines, ours
 from django_concurrency_mw.backends.host.layout import ASKED, HELD, QUEUED, Header
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.host.table import Table
+from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.outcomes import Queued, Taken
 
 from .host_file import consistent
@@ -151,8 +152,10 @@ class TestProcesses:
                 1,
                 [(pid, 1), (os.getpid(), 2)],
             )
+            start = monotonic()
             holder.give()
-            assert os.read(told, 1) == b"t", "it would have waited for a minute"
+            assert os.read(told, 1) == b"t"
+            assert monotonic() - start < 30, "it has waited for a minute"
             assert states(behind) == [QUEUED]
         finally:
             kill(pid)
@@ -300,6 +303,54 @@ class TestTheTable:
         assert (reply.full, states(half)) == ((False, True), [ASKED, QUEUED])
         half.give()
         behind.give()
+
+    def test_who_cannot_use_what_is_free_leaves_it_to_the_next_at_once(self, store: HostBackend) -> None:
+        of_a, of_b, both, behind = Client(store, "a"), Client(store, "b"), Client(store, "a", "b"), Client(store, "b")
+        for one in (of_b, both, behind, of_a):
+            one.ask()
+        of_b.give()
+        assert (states(both), states(behind)) == ([ASKED, ASKED], [HELD])
+        reply = both.ask()
+        assert isinstance(reply, Queued)
+        assert (reply.full, states(both)) == ((True, True), [QUEUED, QUEUED])
+        of_a.give()
+        assert states(both) == [ASKED, QUEUED], "it is the first there, and the other one is full"
+        behind.give()
+        assert states(both) == [HELD, HELD]
+        both.give()
+
+    def test_what_a_giver_that_died_left_goes_to_the_first_whoever_asks(self, store: HostBackend) -> None:
+        """It was killed between giving back and granting, which leaves no trace."""
+        holder, first, second, third = (Client(store, "a") for _ in range(4))
+        for one in (holder, first, second, third):
+            one.ask()
+        table = opened(store)
+
+        def frees(one: Client) -> None:
+            table.drop([store._ours.places[_known(one)][0]])
+            table.due.clear()
+
+        frees(holder)
+        assert isinstance(second.ask(), Queued)
+        assert states(first) == [HELD]
+        frees(first)
+        assert second.ask() == Taken((True,), (1,)), "nobody was let in beside it"
+        assert states(third) == [QUEUED]
+        for one in (second, third):
+            one.give()
+
+    def test_a_line_that_cannot_be_right_is_made_anew(self, store: HostBackend) -> None:
+        holder, first, second = (Client(store, "a") for _ in range(3))
+        for one in (holder, first, second):
+            one.ask()
+        table = opened(store)
+        table.map[table.states_at + store._ours.places[_known(first)][0]] = 0
+        with pytest.raises(BackendError, match="damaged") as caught:
+            holder.give()
+        assert not caught.value.whole
+        holder.give()
+        assert second.ask() == Taken((True,), (1,))
+        second.give()
 
     def test_a_replaced_file_has_new_lines(self, store: HostBackend, path: Path) -> None:
         holder, waiter = Client(store, "a"), Client(store, "a")

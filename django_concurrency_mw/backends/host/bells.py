@@ -217,7 +217,7 @@ class _LoopPost:
     def leave(self, bell: int) -> None:
         """Nobody waits by this one. From any thread, in a garbage collection, too."""
         self.standing.pop(bell, None)
-        if self.bells.pop(bell, None) is None or self.bells:
+        if self.bells.pop(bell, None) is None or self.bells or not self.post.number:
             return
         loop = self._loop()
         if loop is None or loop.is_closed():

@@ -57,7 +57,7 @@ class Index:
             found = words[at]
             if not found or (found == hi and words[at + _LO] == lo):
                 return at
-        raise self._damaged()
+        raise self.damaged()
 
     def count(self, cell: int, sign: int) -> int:
         """Add a cell's weight to its semaphore, or take it off. Returns the total. An entry that counts nobody goes."""
@@ -74,7 +74,7 @@ class Index:
                 words[entry] = hi
         total = words[entry + _TOTAL] + sign * (words[at + _OWNER] & WEIGHT_MASK)
         if total < 0:
-            raise self._damaged()
+            raise self.damaged()
         words[entry + _TOTAL] = total
         if not total and not words[entry + _WAITING]:
             behind = entry + _ENTRY
@@ -112,7 +112,7 @@ class Index:
         to_it = cells + (before - 1) * Cell.WORDS + Cell.NEXT if before else entry + Entry.HEAD
         back_to_it = cells + (behind - 1) * Cell.WORDS + Cell.PREVIOUS if behind else entry + Entry.TAIL
         if words[to_it] != cell + 1 or words[back_to_it] != cell + 1:
-            raise self._damaged()
+            raise self.damaged()
         words[to_it], words[back_to_it] = behind, before
         words[entry + Entry.WAITING] -= 1
         words[Header.WAITING] -= 1
@@ -133,11 +133,12 @@ class Index:
                 words[to : to + width] = words[at : at + width]
                 hole = number
         else:
-            raise self._damaged()
+            raise self.damaged()
         to = start + (hole & mask) * width
         words[to : to + width] = _EMPTY
 
-    def _damaged(self) -> BackendError:
+    def damaged(self) -> BackendError:
+        """What to raise where it cannot be right."""
         self.words[Header.DIRTY] = 1
         return BackendError("the host store's index was damaged; the next call makes it anew", whole=False)
 

@@ -104,6 +104,8 @@ def serve(table: Table, now: int) -> None:
 def _settled(table: Table, cell: int, now: int) -> bool:
     """The first in a line has got what it asks for, or leaves it. False: it waits for what is not free yet."""
     words, at = table.words, table.word(cell)
+    if table.map[table.states_at + cell] != QUEUED:
+        raise table.damaged()
     cells = _waiter(table, cell)
     if not cells or words[at + Cell.EXPIRES] <= now:
         table.drop(cells or [cell])
