@@ -193,6 +193,17 @@ def test_at_its_turn_it_takes_all_or_waits_for_what_is_full_now(store: BaseBacke
     assert both.ask() == Taken((True, True), (1, 1))
 
 
+def test_what_is_given_back_at_once_is_free_at_once(store: BaseBackend, client: Make) -> None:
+    """The first of both lines takes both; it is not asked about the one while the other one still is full."""
+    holder, both, of_a, of_b = client("a", "b"), client("a", "b"), client("a"), client("b")
+    assert holder.ask() == Taken((True, True), (1, 1))
+    assert [type(one.ask()) for one in (both, of_a, of_b)] == [Queued] * 3
+    holder.give()
+    assert wait_until(both.holds)
+    assert both.ask() == Taken((True, True), (1, 1))
+    assert places(store, both, of_a, of_b) == [[], [("a", 1)], [("b", 1)]]
+
+
 def test_a_line_is_bounded_and_who_stands_in_it_keeps_the_place(store: BaseBackend, client: Make) -> None:
     holder, first, second, third = [client("a", most=2) for _ in range(4)]
     holder.ask()

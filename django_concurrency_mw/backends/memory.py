@@ -182,7 +182,7 @@ class MemoryBackend(BaseBackend):
             if not alone:
                 self._late.extend(slots)
                 return [True] * len(slots)
-            given = [self._drop(slot.semaphore, slot.token) for slot in slots]
+            given = self._drop([(slot.semaphore, slot.token) for slot in slots])
             self._drop_late()
         return given
 
@@ -212,7 +212,7 @@ class MemoryBackend(BaseBackend):
                 return False
             for old, new in slots:  # the new one first: for a moment both are counted, never none
                 self._hold(new, now - age_of(new), now + new.ttl)
-                self._drop(old.semaphore, old.token)
+                self._drop([(old.semaphore, old.token)])
             self._drop_late()
         return True
 
@@ -223,7 +223,7 @@ class MemoryBackend(BaseBackend):
             held = [name for name, semaphore in self._semaphores.items() if token in semaphore]
             for name in held:
                 self._evicted[token] = max(self._evicted.get(token, 0.0), self._semaphores[name][token].ends)
-                self._drop(name, token)
+            self._drop([(name, token) for name in held])
         return bool(held)
 
     def waiters(self) -> Sequence[Waiter]:
@@ -294,7 +294,7 @@ class MemoryBackend(BaseBackend):
     def _drop_late(self) -> None:
         while self._late:
             slot = self._late.popleft()
-            self._drop(slot.semaphore, slot.token)
+            self._drop([(slot.semaphore, slot.token)])
 
     def _fits(self, slot: Slot, now: float) -> bool:
         semaphore = self._semaphores.get(slot.semaphore)
@@ -399,12 +399,13 @@ class MemoryBackend(BaseBackend):
             held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)
 
-    def _drop(self, name: tuple[str, bytes], token: str) -> bool:
+    def _drop(self, holders: Sequence[tuple[tuple[str, bytes], str]]) -> list[bool]:
+        """These go. All that they held is free before anybody is let in: the first of two lines is to get both."""
         if not self._lines:
-            return self._free(name, token)
-        left = self._lines.leave(token)
-        held = self._free(name, token)
-        self._grant([name, *left], monotonic())
+            return [self._free(name, token) for name, token in holders]
+        left = [name for _, token in holders for name in self._lines.leave(token)]
+        held = [self._free(name, token) for name, token in holders]
+        self._grant([*[name for name, _ in holders], *left], monotonic())
         return held
 
     def _free(self, name: tuple[str, bytes], token: str) -> bool:

@@ -32,6 +32,7 @@ from ..host_file import consistent, held_by_state, tokens_there
 from ..killing import PACKAGE, Killed
 from ..support import SOON, wait_until
 from . import LONG
+from .kernel_gauge import Gauge
 
 #: Points at which a process is killed: of each call, and where each outcome of one is to be seen among them.
 POINTS, MANY_POINTS = (10**9, 10**9) if LONG else (18, 40)
@@ -283,45 +284,9 @@ def cost_of(place: int) -> int:
     return 1 + place % 3
 
 
-class Gauge:
-    """What those cost who are inside, counted by the kernel: one locked byte each, free the moment its process is dead.
-
-    These locks go before those of the store do, so whoever takes a dead one's slot does not find it here any more.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self.one_at_a_time = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        self.mutex = threading.Lock()
-        self.here: set[int] = set()
-
-    def enter(self, place: int) -> int:
-        """Returns what those cost who are inside now."""
-        with self.mutex:
-            fcntl.flock(self.one_at_a_time, fcntl.LOCK_EX)
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-            self.here.add(place)
-            others = [each for each in range(WORKERS * THREADS) if self._is_locked(each)]
-            count = sum(map(cost_of, [*self.here, *others]))
-            fcntl.flock(self.one_at_a_time, fcntl.LOCK_UN)
-        return count
-
-    def leave(self, place: int) -> None:
-        with self.mutex:
-            fcntl.flock(self.one_at_a_time, fcntl.LOCK_EX)
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, place)
-            self.here.discard(place)
-            fcntl.flock(self.one_at_a_time, fcntl.LOCK_UN)
-
-    def _is_locked(self, place: int) -> bool:
-        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
-        answer = fcntl.fcntl(self.fd, fcntl.F_GETLK, asked)
-        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
-
-
 def worker(number: int, path: Path, limit: int, seen: mmap.mmap) -> None:
     """Takes and gives in some threads until it is killed. `seen`: the most ever inside, then a count for each thread."""
-    gauge = Gauge(path.with_name("gauge"))
+    gauge = Gauge(path.with_name("gauge"), WORKERS * THREADS)
     store = made(path)
     counts = memoryview(seen).cast("q")
 
@@ -331,7 +296,7 @@ def worker(number: int, path: Path, limit: int, seen: mmap.mmap) -> None:
             one = [slot("p", limit, cost=cost_of(place)), slot("q", 99)]
             try:
                 if isinstance(store.take(one), Taken):
-                    inside = gauge.enter(place)
+                    inside = sum(map(cost_of, gauge.enter(place)))
                     if inside > counts[0]:
                         counts[0] = inside
                     counts[1 + place] += 1
