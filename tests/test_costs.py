@@ -176,8 +176,7 @@ def test_a_lease_that_is_asked_for_again_begins_again_for_all_of_it(asked: Asked
     asked.take(slot(1, token="lapses", ttl=0.02))
     assert wait_until(lambda: asked.count() == 4)
     (holder,) = asked.store.snapshot()
-    if not isinstance(asked.store, HostBackend):  # there the first lease stands until it is renewed
-        assert holder.lease_left > 30
+    assert holder.lease_left > 30
 
 
 def test_who_is_counted_again_counts_with_his_cost_whatever_the_limit(asked: Asked) -> None:

@@ -167,8 +167,9 @@ class Ours:
             room, place = slot.limit - cost, places.get(known)
             fit = total <= room
             until = table.held_until(place) if place else 0
-            if until > now:
+            if place and until > now:  # asked again: its lease begins again
                 fit = True
+                table.extend(place, now + int(slot.ttl * 1e9))
             else:
                 if place and (until or table.waits(place)):
                     over.append(place[0])
