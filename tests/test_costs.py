@@ -14,9 +14,10 @@ from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.host import access
 from django_concurrency_mw.backends.host.store import HostBackend
-from django_concurrency_mw.backends.memory import MemoryBackend, _Held, _Semaphore
+from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.backends.semaphore import Held, Semaphore
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import UNLIMITED, Full, Slot, Taken, TakeReply
@@ -215,10 +216,10 @@ def test_people_see_one_holder(asked: Asked) -> None:
 def test_an_exception_half_way_leaves_a_right_total(leaves: bool) -> None:
     """A signal handler's may come between any two steps; here behind the step that changes who is there."""
 
-    class Struck(_Semaphore):
+    class Struck(Semaphore):
         armed = False
 
-        def __setitem__(self, token: str, held: _Held) -> None:
+        def __setitem__(self, token: str, held: Held) -> None:
             super().__setitem__(token, held)
             if self.armed:
                 raise KeyboardInterrupt
@@ -229,14 +230,14 @@ def test_an_exception_half_way_leaves_a_right_total(leaves: bool) -> None:
                 raise KeyboardInterrupt
 
     semaphore = Struck()
-    semaphore.add("a", _Held(0, 1, "k", "", 3, 60))
+    semaphore.add("a", Held(0, 1, "k", "", 3, 60))
     semaphore.armed = True
     with pytest.raises(KeyboardInterrupt):
-        semaphore.remove("a") if leaves else semaphore.add("b", _Held(0, 1, "k", "", 4, 60))
+        semaphore.remove("a") if leaves else semaphore.add("b", Held(0, 1, "k", "", 4, 60))
     semaphore.armed = False
     expected = 0 if leaves else 7
     assert semaphore.total() == expected
-    semaphore.add("c", _Held(0, 1, "k", "", 10, 60))
+    semaphore.add("c", Held(0, 1, "k", "", 10, 60))
     assert semaphore.total() == expected + 10
 
 

@@ -253,12 +253,12 @@ def test_a_garbage_collection_inside_a_call_may_give_back(
     and without taking away the semaphore that is just being worked on."""
     store.take([slot(limit=2, token="old")])
 
-    class Collected(memory._Held):
+    class Collected(memory.Held):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             assert list(store.give([slot(token="old")])) == [True]
 
-    monkeypatch.setattr(memory, "_Held", Collected)
+    monkeypatch.setattr(memory, "Held", Collected)
     thread = threading.Thread(target=store.take, args=([slot(limit=2, token="new")],), daemon=True)
     thread.start()
     thread.join(SOON)

@@ -22,74 +22,12 @@ from ..exceptions import BackendError
 from ..outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
 from .base import ASK_AGAIN, ASK_AGAIN_AFTER, BackendConfig, BaseBackend, Holder, Restore, Waiter, age_of
 from .lines import Lines
+from .semaphore import Held, Semaphore
 
 #: Characters of key and path text that a holder keeps for people.
 TEXT_LIMIT = 200
 #: A dictionary that once was this large is made anew when it is nearly empty: Python's own never shrink.
 SHRINK_FROM = 4096
-
-
-class _Held:
-    """One holder of one semaphore: its cost, its lease's end (monotonic seconds) and what people want to know of it."""
-
-    __slots__ = ("cost", "ends", "key", "path", "since", "ttl")
-
-    def __init__(self, since: float, ends: float, key: str, path: str, cost: int, ttl: float) -> None:
-        self.since, self.ends, self.key, self.path, self.cost, self.ttl = since, ends, key, path, cost, ttl
-
-
-class _Semaphore(dict[str, _Held]):
-    """token -> holder. `earliest` is never later than the first lease's end: until then no look for lapsed ones is due.
-
-    `_more` is what the holders cost beyond 1 each. It is None while that changes: an exception may come from anywhere, and
-    whoever finds None there adds it up.
-    """
-
-    __slots__ = ("_more", "earliest")
-
-    def __init__(self) -> None:
-        self.earliest = float("inf")
-        self._more: int | None = 0
-
-    def total(self) -> int:
-        """What is in flight, by cost."""
-        more = self._more
-        if more is None:
-            more = self._more = sum([held.cost - 1 for held in self.values()])
-        return len(self) + more
-
-    def counted(self, now: float) -> int:
-        """The same, without those whose lease has ended."""
-        return self.total() if self.earliest > now else sum([held.cost for held in self.values() if held.ends > now])
-
-    def add(self, token: str, held: _Held) -> None:
-        """Somebody who is not there yet."""
-        if held.cost == 1:
-            self[token] = held
-        else:
-            more, self._more = self._more, None
-            self[token] = held
-            self._more = None if more is None else more + held.cost - 1
-
-    def remove(self, token: str) -> _Held | None:
-        """Returns who it was."""
-        held = self.get(token)
-        if held is None:
-            return None
-        if held.cost == 1:
-            del self[token]
-        else:
-            more, self._more = self._more, None
-            del self[token]
-            self._more = None if more is None else more - held.cost + 1
-        return held
-
-    def drop_lapsed(self, now: float) -> None:
-        if self.earliest > now:
-            return
-        for token in [token for token, held in self.items() if held.ends <= now]:
-            self.remove(token)
-        self.earliest = min((held.ends for held in self.values()), default=float("inf"))
 
 
 class _Entrance:
@@ -137,7 +75,7 @@ class MemoryBackend(BaseBackend):
         self._lock = _Entrance()
         #: Given back by a garbage collection inside one of our own calls; dropped when that call is done.
         self._late: deque[Slot] = deque()
-        self._semaphores: dict[tuple[str, bytes], _Semaphore] = {}
+        self._semaphores: dict[tuple[str, bytes], Semaphore] = {}
         self._most = 0
         self._lines = Lines()
         #: token -> the end of the lease that an operator cut short (monotonic seconds).
@@ -388,12 +326,12 @@ class MemoryBackend(BaseBackend):
     def _hold(self, slot: Slot, since: float, ends: float) -> None:
         semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
-            semaphore = self._semaphores[slot.semaphore] = _Semaphore()
+            semaphore = self._semaphores[slot.semaphore] = Semaphore()
             self._most = max(self._most, len(self._semaphores))
         held = semaphore.get(slot.token)
         if held is None:
             semaphore.add(
-                slot.token, _Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost, slot.ttl)
+                slot.token, Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost, slot.ttl)
             )
         else:  # asked again: its lease begins again, also a lapsed one
             held.ends = ends
