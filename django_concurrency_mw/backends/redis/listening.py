@@ -198,9 +198,9 @@ class Ear:
         channel = self._channel()
         # A connection that subscribes has no other replies: of RESP 2 as well, which is simpler to read.
         conn: Any = self._recipe.class_(**{**self._recipe.keywords, "protocol": 2})
+        self._conn = conn  # whatever happens from here on, it is closed
         conn.deadline = monotonic() + self._recipe.timeout
         conn.connect()
-        self._conn = conn
         commands = [
             pack(b"PUBLISH", channel, b""),
             pack(b"PUBSUB", b"NUMSUB", channel),
