@@ -16,7 +16,8 @@ of two lines, its host's name and its pid. And for those who wait, see `lines.lu
   limit, lease in ms, how it is asked for (the third argument of `take.lua`), holder. It expires when its owner has not asked
   for long, and with it all its places.
 - `!waits:policy:digest`, a mark: somebody who may wait has used this semaphore within a lease; so releases wake. Its value
-  is the ms at which a line that seemed full was last looked through for who is not there any more.
+  is the ms at which a line that seemed full was last looked through for who is not there any more. `!waits` says the same of
+  any semaphore, and is there for longer than each of them.
 - `!wake:` and a process's part of its tokens is no key but a channel: each message is the token of one who has to ask.
 """
 

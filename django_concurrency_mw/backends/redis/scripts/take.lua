@@ -12,6 +12,7 @@
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local room, count, cost, marked, line, taken = {}, {}, {}, {}, nil, 1
+local anybody = redis.call('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits') >= 0
 repeat
   local queues = {}
   taken = 1
@@ -30,10 +31,11 @@ repeat
       if count[i] + cost[i] > limit then room[i] = 0 end
     end
     if not line then
-      local mark, lease = beside(key, 'waits'), tonumber(ARGV[4 * i - 2])
-      local left = redis.call('PTTL', mark) -- no other command: a user may be allowed no more than takes needed before
-      marked[i] = left >= 0
-      if waits and left < lease then redis.call('SET', mark, '1', 'PX', 2 * lease) end
+      if waits then
+        marked[i] = mark(key, tonumber(ARGV[4 * i - 2]))
+      else
+        marked[i] = anybody and redis.call('PTTL', beside(key, 'waits')) >= 0
+      end
     end
     if marked[i] and room[i] == 1 and not redis.call('ZSCORE', key, ARGV[4 * i]) then
       if not line then

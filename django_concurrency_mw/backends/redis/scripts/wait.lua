@@ -14,9 +14,7 @@ local line = lines(now, token)
 local one = line.described(token, ARGV[2])
 local stands = {}
 for i, slot in ipairs(one.slots) do
-  local mark = beside(slot.key, 'waits')
-  local least = math.max(slot.lease, PLACE)
-  if redis.call('PTTL', mark) < least then redis.call('SET', mark, '1', 'PX', 2 * least) end
+  mark(slot.key, math.max(slot.lease, PLACE))
   stands[i] = redis.call('ZCARD', beside(slot.key, 'queue')) > 0
 end
 
