@@ -288,7 +288,7 @@ class Histories(RuleBasedStateMachine):
             self.queue(token, self.wants[token], 100)
 
     def same(self, reply: Any, expected: Any, let_in: int = 0) -> None:
-        """`let_in`: what those cost who come in because the asker leaves a line. A count may be from before that or after it."""
+        """`let_in`: what those cost who come in because the asker leaves a line. A count may be from before that."""
         assert type(reply) is type(expected), f"{self.rig.name} says {reply}, and {expected} was expected"
         fits = "held" if isinstance(reply, Taken) else "full"
         assert getattr(reply, fits) == getattr(expected, fits)
