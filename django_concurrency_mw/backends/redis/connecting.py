@@ -26,9 +26,12 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermission
 from redis.retry import Retry
 
 from ..base import BackendConfig
+from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
 DEFAULT_TIMEOUT = 0.25
+#: Seconds that a call by hand may take.
+BY_HAND = 5.0
 SCHEMES = ("redis://", "rediss://", "unix://")
 #: Part of the public face, and carried out by a later version.
 LATER = ("sentinels", "master_name", "cluster")
@@ -80,11 +83,25 @@ class Recipe:
         )
         self.async_class: Any = loops.connection_class
         self.async_keywords = dict(loops.connection_kwargs)
+        self.where: Where = Fixed()
+
+    def connection(self, deadline: float) -> Any:
+        """A connection for threads, to be made within `deadline` (monotonic seconds). Raises: RedisError, OSError."""
+        conn: Any = self.class_(**{**self.keywords, **self.where.keywords(deadline)})  # redis-py is untyped here
+        conn.deadline = deadline
+        return conn
+
+    async def async_connection(self) -> Any:
+        """A connection for the running event loop. Raises: RedisError, OSError."""
+        return self.async_class(**{**self.async_keywords, **await self.where.akeywords()})
 
     def client(self) -> redis.Redis:
         """An ordinary client, for what is asked once in a while and by hand. The caller closes it."""
+        there = self.where.keywords(monotonic() + BY_HAND)
         pool = redis.ConnectionPool(
-            connection_class=self._plain_class, max_connections=1, **{**self.keywords, "socket_timeout": 5.0}
+            connection_class=self._plain_class,
+            max_connections=1,
+            **{**self.keywords, **there, "socket_timeout": BY_HAND},
         )
         return redis.Redis(connection_pool=pool)
 

@@ -299,8 +299,7 @@ class Lines:
         work = self._leftovers.pick_up()
         conn: Any = None
         try:
-            conn = self._recipe.class_(**self._recipe.keywords)  # redis-py is untyped here
-            conn.deadline = deadline
+            conn = self._recipe.connection(deadline)
             line = Line(conn)
             conn.connect()
             greeting = Greeting(work, instead_of)

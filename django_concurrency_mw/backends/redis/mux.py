@@ -254,8 +254,8 @@ class Mux:
         work = self._leftovers.pick_up()
         conn = None
         try:
-            conn = self._recipe.async_class(**self._recipe.async_keywords)
             async with asyncio.timeout(self._timeout):  # not wait_for: see _pause
+                conn = await self._recipe.async_connection()
                 refused = await self._greet(conn, work)
         except BaseException:
             self._leftovers.put_back(work)
