@@ -22,7 +22,14 @@ from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    MasterDownError,
+    NoPermissionError,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.retry import Retry
 
 from ..base import BackendConfig
@@ -94,6 +101,11 @@ class Recipe:
     async def async_connection(self) -> Any:
         """A connection for the running event loop. Raises: RedisError, OSError."""
         return self.async_class(**{**self.async_keywords, **await self.where.akeywords()})
+
+    def gave_up(self, conn: Any, error: BaseException | None = None) -> None:
+        """This connection was lost, or did not come about; the error may be one that another server would not give."""
+        if self.where.was_wrong(error, conn) and error is not None:
+            error.elsewhere = True  # type: ignore[attr-defined]  # for is_final
 
     def client(self) -> redis.Redis:
         """An ordinary client, for what is asked once in a while and by hand. The caller closes it."""
@@ -246,8 +258,19 @@ def passes(reply: object) -> bool:
     ) and ("unknown redis command" not in str(reply).lower())
 
 
+def is_demoted(error: BaseException | None) -> bool:
+    """Does a server say that it is no master (any more)? Redis 6.2 says it inside a script's error."""
+    return isinstance(error, (ReadOnlyError, MasterDownError)) or (
+        isinstance(error, ResponseError) and "-READONLY " in str(error)
+    )
+
+
 def is_final(error: BaseException | None) -> bool:
-    """Would another try within milliseconds find the same? Nobody listens, a certificate or a password is wrong, ..."""
+    """Would another try within milliseconds find the same? Nobody listens, a certificate or a password is wrong, ...
+
+    Not where another try asks another server."""
+    if getattr(error, "elsewhere", False):
+        return False
     if isinstance(error, (AuthenticationError, BusyLoadingError, ResponseError)):
         return True
     while error is not None and (error.__cause__ is not None or error.__context__ is not None):

@@ -343,8 +343,17 @@ class RedisBackend(BaseBackend):
         try:
             self._drop_ended()
             self._lines.tend()
+            self._follow()
         finally:
             keeper.at(TEND_EVERY, self._tend)
+
+    def _follow(self) -> None:
+        """In the keeper's thread: nobody goes on asking a server that takes itself for the one still."""
+        self._recipe.where.look(monotonic() + self.timeout)
+        self._lines.leave()
+        for loop, mux in list(self._muxes.items()):
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(mux.leave)
 
     def _drop_ended(self) -> None:
         for loop in [known for known in list(self._muxes) if known.is_closed()]:

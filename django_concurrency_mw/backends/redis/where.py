@@ -20,8 +20,15 @@ class Where(Protocol):
     async def akeywords(self) -> Mapping[str, Any]:
         """The same on an event loop; the caller bounds its time."""
 
-    def was_wrong(self, error: BaseException) -> None:
-        """A connection was lost, refused, or answered that it is not the one (any more): READONLY, MOVED. Ask again."""
+    def was_wrong(self, error: BaseException | None, conn: Any = None) -> bool:
+        """This connection (None: one that is not known) was lost, refused, or told that its server is not the one (any more):
+        READONLY, MOVED. Forget where it went to. Returns whether the next one may well go elsewhere at once."""
+
+    def look(self, deadline: float) -> None:
+        """Ask whether what is known still holds, until `deadline`; in the keeper's thread. Raises nothing."""
+
+    def is_former(self, conn: Any) -> bool:
+        """Does this connection go where nobody is to be asked any more?"""
 
 
 class Fixed:
@@ -33,5 +40,12 @@ class Fixed:
     async def akeywords(self) -> Mapping[str, Any]:
         return {}
 
-    def was_wrong(self, error: BaseException) -> None:
+    def was_wrong(self, error: BaseException | None, conn: Any = None) -> bool:
         """There is no other."""
+        return False
+
+    def look(self, deadline: float) -> None:
+        """It is where it is."""
+
+    def is_former(self, conn: Any) -> bool:
+        return False
