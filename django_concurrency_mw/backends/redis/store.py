@@ -29,8 +29,8 @@ from ...outcomes import Slot, TakeReply
 from ...tokens import process_id, process_of
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
 from . import wire
-from .connecting import Recipe, server_of
 from .errors import classed
+from .finding import recipe_for
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
 from .mux import Mux
@@ -63,9 +63,9 @@ class RedisBackend(BaseBackend):
                 f"{config.place}['KEY_PREFIX']: braces are the store's own "
                 f"(the hash tag of a Cluster), got {config.key_prefix!r}"
             )
-        self._recipe = Recipe(config)
+        self._recipe = recipe_for(config)
         self.timeout = self._recipe.timeout
-        self.server = server_of(self._recipe.keywords)
+        self.server = self._recipe.server
         self._keys = wire.Keys(config.key_prefix)
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
