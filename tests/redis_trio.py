@@ -56,7 +56,7 @@ class Trio:
                     f"sentinel myid {mine}",
                     f"sentinel monitor {MASTER_NAME} 127.0.0.1 {first} 2",
                     f"sentinel down-after-milliseconds {MASTER_NAME} {round(1000 * down_after)}",
-                    f"sentinel failover-timeout {MASTER_NAME} 3000",
+                    f"sentinel failover-timeout {MASTER_NAME} 2000",
                     f"sentinel known-replica {MASTER_NAME} 127.0.0.1 {self.servers[1].port}",
                     *(
                         f"sentinel known-sentinel {MASTER_NAME} 127.0.0.1 {other} {theirs}"
