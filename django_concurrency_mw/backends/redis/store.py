@@ -28,7 +28,7 @@ from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
 from ...tokens import process_id, process_of
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
-from . import wire
+from . import tls, wire
 from .errors import classed
 from .finding import recipe_for
 from .leftovers import Leftovers, Release
@@ -249,6 +249,7 @@ class RedisBackend(BaseBackend):
             if lines.answered and lines.over:
                 return []
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
+            hint += tls.suspicion(self._recipe.keywords)
             return [check_message(self, error, hint)]
         finally:
             lines.close()

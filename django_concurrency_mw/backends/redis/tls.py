@@ -72,6 +72,15 @@ def _unreadable(options: Mapping[str, Any], place: str) -> list[str]:
     return wrong
 
 
+def suspicion(keywords: Mapping[str, Any]) -> str:
+    """What else may be the matter with a server that hangs up or is silent: it may speak the other language."""
+    if "path" in keywords:
+        return ""
+    if any(name.startswith("ssl_") for name in keywords):
+        return " One that speaks no TLS does not answer: then write redis:// for rediss://."
+    return " One that wants TLS hangs up: then write rediss:// for redis://."
+
+
 def cure(error: BaseException | None) -> str:
     """What to do about an error of TLS; empty where it is none that stays."""
     while error is not None and (error.__cause__ is not None or error.__context__ is not None):
@@ -88,7 +97,7 @@ def cure(error: BaseException | None) -> str:
         return "OPTIONS['ssl_ca_certs'] has to name a file with the CA that signed the server's certificate"
     if not isinstance(error, ssl.SSLError) or isinstance(error, CUT):
         return ""
-    reason = error.reason or str(error)
+    reason = getattr(error, "reason", None) or str(error)
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason or "PACKET_LENGTH" in reason:
         return "what listens at this port speaks no TLS: use its TLS port, or redis:// instead of rediss://"
     if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:

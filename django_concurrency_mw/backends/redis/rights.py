@@ -1,0 +1,43 @@
+"""What the user of LOCATION may not do, of what requests can do without: it is asked by `manage.py check`.
+
+What they cannot do without fails with the check's own take and release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from ..base import probe_slot
+from . import wire
+
+#: Names no connection.
+NOBODY = wire.pack(b"CLIENT", b"KILL", b"ID", b"9223372036854775807", b"ADDR", b"0.0.0.0:0")
+
+
+def lacking(ask: Callable[[bytes], Any], keys: wire.Keys) -> tuple[list[str], bool]:
+    """The ACL rules that are missing for what people and the rare cases need; and whether a lost connection can be fenced off.
+
+    Raises: what `ask` does, but for what the server refuses.
+    """
+
+    def refused(command: bytes) -> bool:
+        try:
+            ask(command)
+        except ResponseError as error:
+            return not str(error).startswith("WRONGTYPE")
+        return False
+
+    key, slot = keys.peaks, probe_slot()
+    tried = {
+        "+script|load": wire.TAKE.load,
+        "+zcount": keys.count([slot]),
+        "+zscan": wire.pack(b"ZSCAN", key, b"0"),
+        "+scan": wire.pack(b"SCAN", b"0", b"MATCH", wire.exactly(key)),
+        "+mget": wire.pack(b"MGET", keys.process("nobody")),
+        "+zrangebyscore": wire.pack(b"ZRANGEBYSCORE", key, b"(0", b"0"),
+    }
+    missing = [rule for rule, command in tried.items() if refused(command)]
+    return missing, not refused(NOBODY)
