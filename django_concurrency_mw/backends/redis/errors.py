@@ -21,7 +21,7 @@ from ...exceptions import BackendError, PermanentBackendError
 from . import tls
 from .wire import Keys
 
-#: What an ACL user needs; `%s` is the prefix of its keys.
+#: What an ACL user needs; `%s` is the prefix of its keys. Without channels: nothing is published.
 PERMISSIONS = (
     "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zcount +zscore +zrem +zrangebyscore +zremrangebyscore "
     "+zscan +scan +set +mget +pexpire +pttl +time +select +client|info +client|kill"
@@ -32,6 +32,10 @@ DISABLED = (
     r"command\b.{0,60}\b(not (allowed|available|supported|permitted)|disallowed|forbidden|unsupported|disabled|blocked)"
     r"|(unsupported|forbidden|disallowed|disabled|blocked|restricted) command|operation not permitted"
 )
+
+
+#: How errors begin that are about the server's state, whatever is asked.
+STATES = r"-?(BUSY|LOADING|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|NOAUTH|UNKILLABLE)\b"
 
 
 class SentinelRefused(ResponseError):
@@ -52,7 +56,7 @@ def passes(reply: object) -> bool:
 def is_of_the_command(reply: object) -> bool:
     """Is this reply an error about the command alone, in words of the server's or of a managed service's own? Those that are
     about the server's state have a code."""
-    return type(reply) is ResponseError and re.match(r"-?(?!ERR)[A-Z]{2,}\b", str(reply)) is None
+    return type(reply) is ResponseError and re.match(STATES, str(reply)) is None
 
 
 def is_demoted(error: BaseException | None) -> bool:

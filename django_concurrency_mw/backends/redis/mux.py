@@ -86,7 +86,7 @@ class Mux:
         now = self.loop.time()
         if self._conn is None and now < self._not_before:
             raise ConnectionError(
-                f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {self._error!r}"
+                f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {_words(self._error)}"
             ) from self._error
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
@@ -302,7 +302,7 @@ class Mux:
         if is_final(error):
             for command in self._unanswered:
                 if command.waiter is not None and not command.waiter.done():
-                    unreachable = ConnectionError(f"Redis cannot be reached: {error!r}")
+                    unreachable = ConnectionError(f"Redis cannot be reached: {_words(error)}")
                     unreachable.__cause__ = error
                     command.waiter.set_exception(unreachable)
 
@@ -322,6 +322,11 @@ class Mux:
         self._conn = conn
         self._connected_at = self._heard = self.loop.time()
         await self._write(conn)
+
+
+def _words(error: BaseException | None) -> str:
+    """The repr of redis-py 8's errors has none."""
+    return str(error) or repr(error)
 
 
 async def _reply(read: Callable[..., Any]) -> Any:

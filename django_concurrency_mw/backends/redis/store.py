@@ -28,7 +28,7 @@ from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
 from ...tokens import process_id, process_of
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
-from . import tls, wire
+from . import rights, tls, wire
 from .errors import classed
 from .finding import recipe_for
 from .leftovers import Leftovers, Release
@@ -245,6 +245,7 @@ class RedisBackend(BaseBackend):
         try:
             tried._try_out()
             unknown, evicts = lines.unknown, tried._evicts()
+            missing, fences = tried._rights()
         except Exception as error:
             if lines.answered and lines.over:
                 return []
@@ -253,11 +254,7 @@ class RedisBackend(BaseBackend):
             return [check_message(self, error, hint)]
         finally:
             lines.close()
-        messages: list[CheckMessage] = []
-        if unknown:
-            hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
-            message = f"{self.config.place}: the server does not tell a connection who it is"
-            messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W007"))
+        messages = rights.messages(self.config.place, unknown, fences, missing)
         if evicts:
             hint = "Set maxmemory-policy to noeviction there, or give the limits a Redis of their own."
             message = (
@@ -277,6 +274,13 @@ class RedisBackend(BaseBackend):
         limited = said.get("maxmemory", "0") != "0"
         policy = said.get("maxmemory_policy", "noeviction")
         return policy if limited and policy != "noeviction" else ""
+
+    def _rights(self) -> tuple[list[str], bool]:
+        """What its user lacks and whether it may fence off; nothing and yes where there is no time left to ask."""
+        try:
+            return rights.lacking(lambda packed: self._lines.call(packed, (), lambda: packed), self._keys)
+        except Exception:
+            return [], True
 
     def close(self) -> None:
         """Close the idle connections of threads; those of event loops end with their loop."""
