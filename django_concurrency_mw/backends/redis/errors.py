@@ -84,8 +84,8 @@ def is_final(error: BaseException | None) -> bool:
 def classed(error: Exception, keys: Keys) -> BackendError:
     """The error of this package for one of redis-py's, or of whatever an option of the project's raised."""
     text = str(error) or type(error).__name__
-    # Event loops know why they cannot connect by the cause alone.
-    cure = tls.cure(error) or _cure(error, text, keys) or _cure(error.__cause__, str(error.__cause__), keys)
+    # Event loops know why they cannot connect by the cause alone, whose words they repeat.
+    cure = tls.cure(error) or _cure(error.__cause__, str(error.__cause__), keys) or _cure(error, text, keys)
     if cure:
         # A key of another type is in the way of its own semaphore alone.
         return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))
