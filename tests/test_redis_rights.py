@@ -93,6 +93,7 @@ def works(store: RedisBackend) -> None:
 def test_the_documented_line_is_enough(make: Make, prefix: str) -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "redis.md").read_text()
     (line,) = re.findall(r"^ACL SETUSER app (on >secret .*)$", page, re.MULTILINE)
+    assert [word for word in line.split() if word.startswith("+")] == RULES
     line = line.replace(">secret", ">pw").replace("~{concurrency}*", f"~{{{prefix}}}*")
     store = make(*line.split())
     assert found(store) == []
