@@ -401,7 +401,7 @@ class Load:
                     self.move(-1)
             except ConcurrencyLimitExceeded as full:
                 self.count(full.rejection.reason)
-                sleep(0.002)
+                sleep(0.01)
             except BaseException as error:
                 self.errors.append(error)
                 return
@@ -417,14 +417,14 @@ class Load:
                         self.move(-1)
                 except ConcurrencyLimitExceeded as full:
                     self.count(full.rejection.reason)
-                    await asyncio.sleep(0.002)
+                    await asyncio.sleep(0.01)
                 except BaseException as error:
                     self.errors.append(error)
                     return
 
         await asyncio.gather(*(work() for _ in range(6)))
 
-    def held_more(self, by: int = 200) -> bool:
+    def held_more(self, by: int = 150) -> bool:
         before = self.states["held"]
         return wait_until(lambda: bool(self.errors) or self.states["held"] >= before + by, 60)
 
