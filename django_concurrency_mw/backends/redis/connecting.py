@@ -73,7 +73,7 @@ class Recipe:
         known = redis.ConnectionPool.from_url(bare)
         more = _check_options(options, known.connection_class, f"{place}['OPTIONS']")
         # Integers read the same in RESP 2 and 3; 2 has the shorter handshake.
-        wanted = {"protocol": 2, **more, **options}
+        wanted = {"protocol": 2, **options, **more}
         wanted |= {"decode_responses": False, "health_check_interval": 0, "socket_connect_timeout": self.timeout}
         threads = redis.ConnectionPool.from_url(
             bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
@@ -176,7 +176,7 @@ def _keywords(connection_class: type) -> set[str]:
 
 
 def _check_options(options: Mapping[str, Any], connection_class: type, place: str) -> dict[str, Any]:
-    """Returns what to add to them. Raises: ImproperlyConfigured."""
+    """Returns what stands in the place of some of them. Raises: ImproperlyConfigured."""
     known = _keywords(connection_class)
     # Both halves make connections.
     both = known & _keywords(getattr(redis.asyncio.connection, connection_class.__name__))

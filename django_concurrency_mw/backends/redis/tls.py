@@ -24,7 +24,8 @@ _REQUIREMENTS: dict[Any, ssl.VerifyMode] = {
 
 
 def checked(options: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
-    """What to add to the options of a connection over TLS, and what is wrong with them; `place` is theirs."""
+    """What stands in the place of some of the options of a connection over TLS, and what is wrong with them; `place` is
+    theirs."""
     wrong = [
         f"{place}[{name!r}]: {problem}"
         for name, is_there, problem in (
@@ -48,7 +49,12 @@ def checked(options: Mapping[str, Any], place: str) -> tuple[dict[str, Any], lis
         wrong.append(f"{place}['ssl_keyfile']: a client's key needs its certificate: ssl_certfile")
     if not wrong:
         wrong = _unreadable(options, place)
-    return {"ssl_check_hostname": not checks_nothing}, wrong
+    # As text: redis-py 5 takes the numbers in one half only.
+    as_text = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional", ssl.CERT_REQUIRED: "required"}
+    return {
+        "ssl_check_hostname": options.get("ssl_check_hostname", not checks_nothing),
+        "ssl_cert_reqs": as_text[_REQUIREMENTS[required]],
+    }, wrong
 
 
 def _unreadable(options: Mapping[str, Any], place: str) -> list[str]:
