@@ -60,26 +60,14 @@ class RedisServer:
     def client(self, **options: object) -> redis.Redis:
         return redis.Redis(port=self.port, protocol=2, **options)  # type: ignore[arg-type]  # whatever a test wants
 
+    def command(self) -> list[str]:
+        bound = ["--port", str(self.port), "--bind", "127.0.0.1"]
+        return [binary(), *bound, "--save", "", "--appendonly", "no", *self.options]
+
     def start(self) -> None:
         log = Path(self.folder) / "log"
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [
-                    binary(),
-                    "--port",
-                    str(self.port),
-                    "--bind",
-                    "127.0.0.1",
-                    "--save",
-                    "",
-                    "--appendonly",
-                    "no",
-                    *self.options,
-                ],
-                cwd=self.folder,
-                stdout=output,
-                stderr=output,
-            )
+            self.process = subprocess.Popen(self.command(), cwd=self.folder, stdout=output, stderr=output)
         end = monotonic() + 60
         while monotonic() < end:
             if self.process.poll() is not None:

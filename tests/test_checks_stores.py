@@ -95,6 +95,12 @@ def test_w007_a_redis_that_does_not_say_who_a_connection_is(limits: Limits, user
     assert ids() == ["W007"]
 
 
+def test_w026_a_redis_whose_user_lacks_what_requests_can_do_without(limits: Limits, user: Any, prefix: str) -> None:
+    limits(everything(), BACKENDS=on_redis(user("-script|load"), prefix))
+    assert ids() == ["W026"]
+    assert "+script|load" in found()[0].msg
+
+
 @pytest.mark.parametrize(
     ("size", "policy", "warns"),
     [

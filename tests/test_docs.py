@@ -23,7 +23,7 @@ from django_concurrency_mw import concurrency_limit, conf, hold, keys, pace
 from django_concurrency_mw.backends import get_backend
 from django_concurrency_mw.backends.base import ASK_AGAIN, PLACE_FOR
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
-from django_concurrency_mw.backends.redis.errors import LISTENING, PERMISSIONS
+from django_concurrency_mw.backends.redis.rights import LISTENING, PERMISSIONS
 from django_concurrency_mw.drivers import run
 from django_concurrency_mw.fields import FIELDS
 from django_concurrency_mw.lease import Lease

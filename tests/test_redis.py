@@ -697,7 +697,7 @@ class TestLocations:
         (None, {"socket_timeut": 1}, "did you mean 'socket_timeout'"),
         (None, {"decode_responses": True}, "raw replies"),
         (None, {"retry_on_timeout": True}, "retries nothing"),
-        (None, {"sentinels": []}, "not carried out by this version yet"),
+        (None, {"sentinels": []}, "expected a list of URLs"),
         (None, {"cluster": True}, "not carried out by this version yet"),
         (None, {"socket_timeout": 0}, "expected seconds"),
         (None, {"socket_timeout": "1"}, "expected seconds"),

@@ -618,9 +618,9 @@ class TestTheEar:
 
 def wire_permissions(prefix: str) -> list[str]:
     """What the store needs, without what those need who wait."""
-    from django_concurrency_mw.backends.redis.errors import PERMISSIONS, _escaped
+    from django_concurrency_mw.backends.redis.rights import permitted
 
-    line = PERMISSIONS % _escaped(wire.Keys(prefix))
+    line = permitted(wire.Keys(prefix))
     return line.removeprefix("ACL SETUSER <user> ").split(" ")
 
 

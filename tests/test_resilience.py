@@ -696,4 +696,4 @@ class TestChecks:
             finally:
                 client.execute_command("ACL", "DELUSER", "nobody")
         assert said.id == "django_concurrency_mw.W007"
-        assert "CLIENT INFO" in str(said.hint)
+        assert "+client|info" in str(said.hint)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import socket
-import ssl
 from collections.abc import Mapping
 from difflib import get_close_matches
 from time import monotonic
@@ -22,16 +21,19 @@ from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, ResponseError
 from redis.retry import Retry
 
 from ..base import BackendConfig
+from . import tls
+from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
 DEFAULT_TIMEOUT = 0.25
+#: Seconds that a call by hand may take.
+BY_HAND = 5.0
 SCHEMES = ("redis://", "rediss://", "unix://")
 #: Part of the public face, and carried out by a later version.
-LATER = ("sentinels", "master_name", "cluster")
+LATER = ("cluster",)
 #: What would break the exchange of raw replies, or takes the deadline out of our hands.
 REFUSED = {
     "decode_responses": "the store reads raw replies",
@@ -41,33 +43,37 @@ REFUSED = {
     "socket_connect_timeout": "socket_timeout is one deadline for connecting, handshake and reply together",
     "health_check_interval": "a dead connection is found by its use",
     "parser_class": "the store chooses it",
+    "sentinels": "it is a list of URLs in OPTIONS, beside master_name",
+    "master_name": "it stands in OPTIONS, beside sentinels",
+    "ssl": "write rediss:// in LOCATION",
     "connection_pool": "the store keeps its own connections",
     "max_connections": "the store keeps as many connections as calls are under way at once",
 }
 
 
 class Recipe:
-    """What a store needs to make its connections. `timeout` is in seconds.
+    """What a store needs to make its connections. `timeout` is in seconds; `server` tells servers apart, for checks.
 
-    Raises: ImproperlyConfigured for a LOCATION or an option that cannot work, by name.
+    Raises: ImproperlyConfigured for a LOCATION or an option that cannot work, by name; `at` is the place of the URL.
     """
 
-    def __init__(self, config: BackendConfig) -> None:
+    def __init__(self, config: BackendConfig, at: str = "") -> None:
         place = config.place
+        at = at or f"{place}['LOCATION']"
         location = DEFAULT_LOCATION if config.location is None else config.location
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(
-                f"{place}['LOCATION']: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
+                f"{at}: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
                 f"got {_without_password(location)}"
             )
-        bare, asked = _without_query(location, f"{place}['LOCATION']")
+        bare, asked = _without_query(location, at)
         # Options may stand in the URL too; redis-py lets those win over keywords, and so do we, but checked like the others.
         options = {**config.options, **asked}
         self.timeout = _timeout(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
         known = redis.ConnectionPool.from_url(bare)
-        _check_options(options, _keywords(known.connection_class), f"{place}['OPTIONS']")
+        more = _check_options(options, known.connection_class, f"{place}['OPTIONS']")
         # Integers read the same in RESP 2 and 3; 2 has the shorter handshake.
-        wanted = {"protocol": 2, **options}
+        wanted = {"protocol": 2, **options, **more}
         wanted |= {"decode_responses": False, "health_check_interval": 0, "socket_connect_timeout": self.timeout}
         threads = redis.ConnectionPool.from_url(
             bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
@@ -80,11 +86,32 @@ class Recipe:
         )
         self.async_class: Any = loops.connection_class
         self.async_keywords = dict(loops.connection_kwargs)
+        self.where: Where = Fixed()
+        self.server = server_of(self.keywords)
+
+    def connection(self, deadline: float, **keywords: Any) -> Any:
+        """A connection for threads, to be made within `deadline` (monotonic seconds). Raises: RedisError, OSError."""
+        there = self.where.keywords(deadline)
+        conn: Any = self.class_(**{**self.keywords, **keywords, **there})  # redis-py is untyped here
+        conn.deadline = deadline
+        return conn
+
+    async def async_connection(self) -> Any:
+        """A connection for the running event loop. Raises: RedisError, OSError."""
+        return self.async_class(**{**self.async_keywords, **await self.where.akeywords()})
+
+    def gave_up(self, conn: Any, error: BaseException | None = None) -> None:
+        """This connection was lost, or did not come about; the error may be one that another server would not give."""
+        if self.where.was_wrong(error, conn) and error is not None:
+            error.elsewhere = True  # type: ignore[attr-defined]  # for is_final
 
     def client(self) -> redis.Redis:
         """An ordinary client, for what is asked once in a while and by hand. The caller closes it."""
+        there = self.where.keywords(monotonic() + BY_HAND)
         pool = redis.ConnectionPool(
-            connection_class=self._plain_class, max_connections=1, **{**self.keywords, "socket_timeout": 5.0}
+            connection_class=self._plain_class,
+            max_connections=1,
+            **{**self.keywords, **there, "socket_timeout": BY_HAND},
         )
         return redis.Redis(connection_pool=pool)
 
@@ -149,21 +176,34 @@ def _keywords(connection_class: type) -> set[str]:
     return names - {"self"}
 
 
-def _check_options(options: Mapping[str, Any], known: set[str], place: str) -> None:
+def _check_options(options: Mapping[str, Any], connection_class: type, place: str) -> dict[str, Any]:
+    """Returns what stands in the place of some of them. Raises: ImproperlyConfigured."""
+    known = _keywords(connection_class)
+    # Both halves make connections.
+    both = known & _keywords(getattr(redis.asyncio.connection, connection_class.__name__))
+    with_tls = "ssl_cert_reqs" in known
     wrong = []
     for name in options:
         if name in LATER:
             wrong.append(f"{place}[{name!r}]: {name} is not carried out by this version yet")
         elif name in REFUSED:
             wrong.append(f"{place}[{name!r}]: {name} cannot be set: {REFUSED[name]}")
-        elif name not in known:
-            near = get_close_matches(str(name), known, n=1)
+        elif name in both:
+            continue
+        elif name in known:
+            wrong.append(f"{place}[{name!r}]: redis-py has {name} for threads only, and event loops connect too")
+        elif str(name).startswith("ssl_") and not with_tls:
+            wrong.append(f"{place}[{name!r}]: {name} is about TLS: write rediss:// in LOCATION")
+        else:
+            near = get_close_matches(str(name), both, n=1)
             wrong.append(
                 f"{place}[{name!r}]: redis-py's connection has no {name!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    if wrong:
-        raise ImproperlyConfigured("\n".join(wrong))
+    more, of_tls = tls.checked(options, place) if with_tls else ({}, [])
+    if wrong or of_tls:
+        raise ImproperlyConfigured("\n".join([*wrong, *of_tls]))
+    return more
 
 
 class DeadlineSocket:
@@ -209,7 +249,7 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
             left = self.deadline - monotonic()
             if left <= 0:
                 raise TimeoutError("the deadline has passed")
-            self.socket_connect_timeout = left
+            self.socket_connect_timeout = self.socket_timeout = left  # the latter for the handshake of TLS
             self.bounded_socket = DeadlineSocket(super()._connect(), self.deadline)
             return self.bounded_socket
 
@@ -218,23 +258,3 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
             self.deadline = self.bounded_socket.deadline = deadline
 
     return Bounded
-
-
-def passes(reply: object) -> bool:
-    """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
-    if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
-        return False
-    return not str(reply).startswith(
-        ("WRONGTYPE", "unknown command", "ERR unknown command", "NOPERM", "CROSSSLOT")
-    ) and ("unknown redis command" not in str(reply).lower())
-
-
-def is_final(error: BaseException | None) -> bool:
-    """Would another try within milliseconds find the same? Nobody listens, a certificate or a password is wrong, ..."""
-    if isinstance(error, (AuthenticationError, BusyLoadingError, ResponseError)):
-        return True
-    while error is not None and (error.__cause__ is not None or error.__context__ is not None):
-        error = error.__cause__ or error.__context__
-    return isinstance(
-        error, (ConnectionRefusedError, FileNotFoundError, PermissionError, socket.gaierror, ssl.SSLError)
-    )

@@ -1,33 +1,86 @@
-"""What an error of Redis means: does it go by, does it need somebody to change something, and is it this key's alone."""
+"""What an error of Redis means: does it go by, is another try of use, does it need somebody to change something, and is it
+this key's alone."""
 
 from __future__ import annotations
 
 import re
+import socket
+import ssl
 
-from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    MasterDownError,
+    NoPermissionError,
+    ReadOnlyError,
+    ResponseError,
+)
 
 from ...exceptions import BackendError, PermanentBackendError
+from . import tls
+from .rights import permitted
 from .wire import Keys
 
-#: What an ACL user needs; `%s` is the prefix of its keys.
-PERMISSIONS = (
-    "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zcount +zscore +zrem +zrangebyscore +zremrangebyscore "
-    "+zscan +scan +set +mget +pexpire +pttl +time +select +client|info +client|kill"
+#: What services say of a command that they have switched off, each in its own words.
+DISABLED = (
+    r"command\b.{0,60}\b(not (allowed|available|supported|permitted)|disallowed|forbidden|unsupported|disabled|blocked)"
+    r"|(unsupported|forbidden|disallowed|disabled|blocked|restricted) command|operation not permitted"
 )
-#: And where somebody may wait.
-LISTENING = "ACL SETUSER <user> &%s* +publish +subscribe +pubsub|numsub +ping"
 
 
-def listening(keys: Keys) -> str:
-    """What an ACL user needs to be told when its turn has come."""
-    return LISTENING % _escaped(keys)
+#: How errors begin that are about the server's state, whatever is asked.
+STATES = r"-?(BUSY|LOADING|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|NOAUTH|UNKILLABLE)\b"
+
+
+class SentinelRefused(ResponseError):
+    """Sentinels are there, but will not say it until somebody changes something; `cure` says what."""
+
+    def __init__(self, text: str, cure: str) -> None:
+        super().__init__(text)
+        self.cure = cure
+
+
+def passes(reply: object) -> bool:
+    """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
+    if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
+        return False
+    return not str(reply).startswith(("WRONGTYPE", "NOPERM", "CROSSSLOT")) and not _is_disabled(str(reply))
+
+
+def is_of_the_command(reply: object) -> bool:
+    """Is this reply an error about the command alone, in words of the server's or of a managed service's own? Those that are
+    about the server's state have a code."""
+    return type(reply) is ResponseError and re.match(STATES, str(reply)) is None
+
+
+def is_demoted(error: BaseException | None) -> bool:
+    """Does a server say that it is no master (any more)? Redis 6.2 says it inside a script's error."""
+    return isinstance(error, (ReadOnlyError, MasterDownError)) or (
+        isinstance(error, ResponseError) and "-READONLY " in str(error)
+    )
+
+
+def is_final(error: BaseException | None) -> bool:
+    """Would another try within milliseconds find the same? Nobody listens, a certificate or a password is wrong, ...
+
+    Not where another try asks another server."""
+    if getattr(error, "elsewhere", False):
+        return False
+    if isinstance(error, (AuthenticationError, BusyLoadingError, ResponseError)):
+        return True
+    while error is not None and (error.__cause__ is not None or error.__context__ is not None):
+        error = error.__cause__ or error.__context__
+    return isinstance(
+        error, (ConnectionRefusedError, FileNotFoundError, PermissionError, socket.gaierror, ssl.SSLError)
+    ) and not isinstance(error, tls.CUT)
 
 
 def classed(error: Exception, keys: Keys) -> BackendError:
     """The error of this package for one of redis-py's, or of whatever an option of the project's raised."""
     text = str(error) or type(error).__name__
-    # Event loops know why they cannot connect by the cause alone.
-    cure = _cure(error, text, keys) or _cure(error.__cause__, str(error.__cause__), keys)
+    # Event loops know why they cannot connect by the cause alone, whose words they repeat.
+    cure = tls.cure(error) or _cure(error.__cause__, str(error.__cause__), keys) or _cure(error, text, keys)
     if cure:
         # A key of another type is in the way of its own semaphore alone.
         return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))
@@ -35,13 +88,20 @@ def classed(error: Exception, keys: Keys) -> BackendError:
 
 
 def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
+    if isinstance(error, SentinelRefused):
+        return error.cure
     prefix = keys.prefix.decode()
-    permissions = PERMISSIONS % _escaped(keys)
+    permissions = permitted(keys)
     if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
         return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
         return "put the right user and password into LOCATION, or into OPTIONS as `username` and `password`"
-    if "unknown command" in text.lower() or "unknown redis command" in text.lower():
+    if "DB index is out of range" in text or "invalid DB index" in text:
+        return (
+            "the server has fewer databases (16 unless its `databases` says otherwise, 1 on many managed services): "
+            "correct the number at the end of LOCATION, or `db` in OPTIONS"
+        )
+    if _is_disabled(text):
         return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + permissions
     if _is(text, "WRONGTYPE"):
         return f"another program keeps a key of its own under {prefix}: choose another KEY_PREFIX, and remove that key"
@@ -50,9 +110,13 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
     return ""
 
 
-def _escaped(keys: Keys) -> str:
-    """The prefix of its keys and channels, as a pattern says it."""
-    return re.sub(r"([\\*?\[\]])", r"\\\1", keys.prefix.decode())
+def _is_disabled(text: str) -> bool:
+    """An unknown command, or what managed services say of one that nobody may use. Not OOM's `command not allowed when
+    used memory > 'maxmemory'`."""
+    return re.search(r"unknown (redis )?command", text, re.IGNORECASE) is not None or (
+        re.search(DISABLED, text, re.IGNORECASE) is not None
+        and re.search(r"used memory|data set|^-?(?!ERR)[A-Z]{2,} ", text) is None
+    )
 
 
 def _is(text: str, *codes: str) -> bool:

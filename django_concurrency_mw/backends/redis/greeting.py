@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .connecting import passes
+from .errors import is_of_the_command, passes
 from .leftovers import Client, Release, Work
 from .wire import RENEW, TAKE, WAKE, pack
 
@@ -33,7 +33,7 @@ class Greeting:
 
         Raises: ResponseError where it could not do the rest either; then the connection is of no use yet.
         """
-        if passes(replies[0]):
+        if passes(replies[0]) and not is_of_the_command(replies[0]):
             raise replies[0]
         releases = self._work.releases
         answers = replies[len(replies) - len(releases) :]

@@ -14,16 +14,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import (
-    ConnectionError,
-    NoScriptError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe, is_final, passes
+from .connecting import Recipe
+from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
 
@@ -56,9 +50,9 @@ class Line:
         """One reply; an error of the server's is returned. Raises: ConnectionError, TimeoutError."""
         try:
             return self.conn.read_response(disconnect_on_error=False)
-        except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
-            raise ConnectionError(str(error)) from error
         except ResponseError as error:
+            if is_demoted(error):  # ask again where the master is
+                raise ConnectionError(str(error)) from error
             return error
 
     def hear(self, entries: int, leftovers: Leftovers) -> None:
@@ -117,7 +111,7 @@ class Lines:
             except ConnectionError as error:
                 if line is not None:
                     lost, sent = line.client, True
-                demoted = isinstance(error.__cause__, ReadOnlyError) and tries_left < TRIES - DEMOTED_TRIES
+                demoted = is_demoted(error.__cause__) and tries_left < TRIES - DEMOTED_TRIES
                 if not again or demoted or is_final(error):
                     if sent:  # and may have been carried out
                         self._leftovers.add(undo)
@@ -145,7 +139,7 @@ class Lines:
         except BaseException as error:
             if (releases, len(releases)) not in line.owed:
                 self._leftovers.add(releases)
-            self._lost(line)
+            self._lost(line, error)
             if not isinstance(error, (RedisError, OSError)):
                 raise
             return
@@ -172,6 +166,15 @@ class Lines:
                 continue
             self._lost(line)
         self._free.append(self._connect(now + self._recipe.timeout))
+
+    def leave(self) -> None:
+        """Close idle connections to where nobody is to be asked any more; those in use follow when they are idle."""
+        for line in [line for line in list(self._free) if self._recipe.where.is_former(line.conn)]:
+            try:
+                self._free.remove(line)
+            except ValueError:  # in use again
+                continue
+            self._lost(line)
 
     def close(self) -> None:
         """Hear what is owed and close the connections that are not in use."""
@@ -209,7 +212,7 @@ class Lines:
                         tended.append(line)  # in order still, only slow
                     break
                 except BaseException as error:
-                    self._lost(line)
+                    self._lost(line, error)
                     if not isinstance(error, (RedisError, OSError)):
                         raise
                     continue
@@ -250,7 +253,7 @@ class Lines:
         except BaseException as error:  # the connection is lost, or we were interrupted half way through a reply
             if isinstance(error, ConnectionError):
                 line.owed.pop()
-            self._lost(line)
+            self._lost(line, error)
             raise
         line.owed.clear()
         line.late = 0
@@ -280,7 +283,8 @@ class Lines:
         else:
             self._free.appendleft(line)
 
-    def _lost(self, line: Line) -> None:
+    def _lost(self, line: Line, error: BaseException | None = None) -> None:
+        self._recipe.gave_up(line.conn, error)
         self._leftovers.fence(line.client)
         for releases, _ in line.owed:
             self._leftovers.add(releases)
@@ -299,17 +303,17 @@ class Lines:
         work = self._leftovers.pick_up()
         conn: Any = None
         try:
-            conn = self._recipe.class_(**self._recipe.keywords)  # redis-py is untyped here
-            conn.deadline = deadline
+            conn = self._recipe.connection(deadline)
             line = Line(conn)
             conn.connect()
             greeting = Greeting(work, instead_of)
             line.send(greeting.packed)
             line.client, refused = greeting.heard([line.read() for _ in range(greeting.replies)])
-        except BaseException:
+        except BaseException as error:
             self._leftovers.put_back(work)
             self._leftovers.remind()
             if conn is not None:
+                self._recipe.gave_up(conn, error)
                 conn.disconnect()
             raise
         self._leftovers.put_back(Work([], refused))

@@ -18,9 +18,11 @@ from typing import Any
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from ...bells import Bell
-from .connecting import Recipe, passes
+from .connecting import Recipe
+from .errors import passes
 from .wire import pack
 
+PING = pack(b"PING")
 #: Seconds after which a silent connection is asked whether it lives, and for which one stays that nobody needs.
 ASK_AFTER, CLOSE_AFTER = 1.0, 10.0
 #: Seconds until the next attempt to connect, at most; and after the server has forbidden to listen.
@@ -81,6 +83,12 @@ class Ear:
                 conn.disconnect()
         return None
 
+    def leave(self) -> None:
+        """If it is listened where nobody is told any more, do so where they are."""
+        conn = self._conn
+        if conn is not None and self._recipe.where.is_former(conn):
+            self._shut(conn)
+
     def close(self) -> None:
         """Stop listening, if nobody waits."""
         with self._lock:
@@ -128,6 +136,8 @@ class Ear:
             try:
                 self._listen()
             except Exception as error:  # also whatever a keyword or a credential provider of the project's raises
+                if self._conn is not None:
+                    self._recipe.gave_up(self._conn, error)
                 failures = 0 if self._hears and monotonic() - began > ASK_AFTER else failures + 1
                 if isinstance(error, ResponseError) and not passes(error):
                     self._refused(error)
@@ -184,7 +194,7 @@ class Ear:
                 if asked:
                     raise ConnectionError("it does not answer") from None
                 conn.until(monotonic() + self._recipe.timeout)
-                conn.send_packed_command([pack(b"PING")], check_health=False)
+                conn.send_packed_command([PING], check_health=False)
                 asked = True
                 continue
             asked = False
@@ -197,13 +207,13 @@ class Ear:
         """Raises: ResponseError if we may not listen, or may not tell others."""
         channel = self._channel()
         # A connection that subscribes has no other replies: of RESP 2 as well, which is simpler to read.
-        conn: Any = self._recipe.class_(**{**self._recipe.keywords, "protocol": 2})
+        conn = self._recipe.connection(monotonic() + self._recipe.timeout, protocol=2)
         self._conn = conn  # whatever happens from here on, it is closed
-        conn.deadline = monotonic() + self._recipe.timeout
         conn.connect()
         commands = [
             pack(b"PUBLISH", channel, b""),
             pack(b"PUBSUB", b"NUMSUB", channel),
+            PING,
             pack(b"SUBSCRIBE", channel),
         ]
         conn.send_packed_command(commands, check_health=False)

@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe, is_final, passes
+from .connecting import Recipe
+from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
 
@@ -85,7 +86,7 @@ class Mux:
         now = self.loop.time()
         if self._conn is None and now < self._not_before:
             raise ConnectionError(
-                f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {self._error!r}"
+                f"Redis cannot be reached, next try in {self._not_before - now:.2f} s: {_words(self._error)}"
             ) from self._error
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
@@ -189,6 +190,8 @@ class Mux:
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
                 except Exception as lost:  # also what a keyword or a credential provider of the project's raises
                     error = lost
+                if conn is not None:
+                    self._recipe.gave_up(conn, error)
                 self._failed(error, connected=conn is not None)
                 self._conn = None
                 if conn is not None:
@@ -220,6 +223,11 @@ class Mux:
         """Somebody else has reached the server."""
         self._next_try = self._not_before = 0.0
         self._hurry.set()
+
+    def leave(self) -> None:
+        """In its loop: if the connection goes where nobody is to be asked any more, make another one."""
+        if self._conn is not None and self._reading is not None and self._recipe.where.is_former(self._conn):
+            self._reading.cancel()
 
     async def _farewell(self, conn: Any) -> None:
         """Send the last releases and hear their replies, but not for long."""
@@ -254,13 +262,14 @@ class Mux:
         work = self._leftovers.pick_up()
         conn = None
         try:
-            conn = self._recipe.async_class(**self._recipe.async_keywords)
             async with asyncio.timeout(self._timeout):  # not wait_for: see _pause
+                conn = await self._recipe.async_connection()
                 refused = await self._greet(conn, work)
-        except BaseException:
+        except BaseException as error:
             self._leftovers.put_back(work)
             self._leftovers.remind()
             if conn is not None:
+                self._recipe.gave_up(conn, error)
                 await _hang_up(conn)
             raise
         if refused:
@@ -293,7 +302,7 @@ class Mux:
         if is_final(error):
             for command in self._unanswered:
                 if command.waiter is not None and not command.waiter.done():
-                    unreachable = ConnectionError(f"Redis cannot be reached: {error!r}")
+                    unreachable = ConnectionError(f"Redis cannot be reached: {_words(error)}")
                     unreachable.__cause__ = error
                     command.waiter.set_exception(unreachable)
 
@@ -315,13 +324,18 @@ class Mux:
         await self._write(conn)
 
 
+def _words(error: BaseException | None) -> str:
+    """The repr of redis-py 8's errors has none."""
+    return str(error) or repr(error)
+
+
 async def _reply(read: Callable[..., Any]) -> Any:
     """One reply; an error of the server's is returned. Raises: whatever means that the connection is lost."""
     try:
         return await read(disconnect_on_error=False)
-    except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
-        raise ConnectionError(str(error)) from error
     except ResponseError as error:
+        if is_demoted(error):  # ask again where the master is
+            raise ConnectionError(str(error)) from error
         return error
 
 

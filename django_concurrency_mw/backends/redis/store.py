@@ -29,9 +29,9 @@ from ...keeper import keeper
 from ...outcomes import QueueReply, Slot, TakeReply
 from ...tokens import process_id
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, Waiter, check_message, probe_slot
-from . import wire
-from .connecting import Recipe, server_of
-from .errors import classed, listening
+from . import rights, tls, wire
+from .errors import classed
+from .finding import recipe_for
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
 from .listening import Ear
@@ -67,9 +67,9 @@ class RedisBackend(BaseBackend):
                 f"{config.place}['KEY_PREFIX']: braces are the store's own "
                 f"(the hash tag of a Cluster), got {config.key_prefix!r}"
             )
-        self._recipe = Recipe(config)
+        self._recipe = recipe_for(config)
         self.timeout = self._recipe.timeout
-        self.server = server_of(self._recipe.keywords)
+        self.server = self._recipe.server
         self._keys = wire.Keys(config.key_prefix)
         self._looks = Looks(self._recipe, self._keys)
         self._leftovers = Leftovers(self._wake)
@@ -212,18 +212,16 @@ class RedisBackend(BaseBackend):
         try:
             tried._try_out()
             unknown, evicts = lines.unknown, tried._evicts()
+            missing, fences = tried._rights()
         except Exception as error:
             if lines.answered and lines.over:
                 return []
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
+            hint += tls.suspicion(self._recipe.keywords)
             return [check_message(self, error, hint)]
         finally:
             lines.close()
-        messages: list[CheckMessage] = []
-        if unknown:
-            hint = "Allow CLIENT INFO and CLIENT KILL. Without them a lost connection may still take a slot that nobody knows."
-            message = f"{self.config.place}: the server does not tell a connection who it is"
-            messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W007"))
+        messages = rights.messages(self.config.place, unknown, fences, missing)
         if evicts:
             hint = "Set maxmemory-policy to noeviction there, or give the limits a Redis of their own."
             message = (
@@ -242,7 +240,7 @@ class RedisBackend(BaseBackend):
         if refusal is None:
             return []
         message = f"{self.config.place}: nobody can be told that it is his turn: {refusal}"
-        hint = f"Until then those who wait ask every 50 ms. {listening(self._keys)}"
+        hint = f"Until then those who wait ask every 50 ms. {rights.listening(self._keys)}"
         return [Warning(message, hint=hint, id="django_concurrency_mw.W025")]
 
     def _evicts(self) -> str:
@@ -255,6 +253,13 @@ class RedisBackend(BaseBackend):
         limited = said.get("maxmemory", "0") != "0"
         policy = said.get("maxmemory_policy", "noeviction")
         return policy if limited and policy != "noeviction" else ""
+
+    def _rights(self) -> tuple[list[str], bool]:
+        """What its user lacks and whether it may fence off; nothing and yes where there is no time left to ask."""
+        try:
+            return rights.lacking(lambda packed: self._lines.call(packed, (), lambda: packed), self._keys)
+        except Exception:
+            return [], True
 
     def close(self) -> None:
         """Close the idle connections of threads, and the ear if nobody waits; those of event loops end with their loop."""
@@ -300,7 +305,7 @@ class RedisBackend(BaseBackend):
         """Whoever waits here is told of nothing, and asks often."""
         self._say(
             f"nobody can be told that it is his turn, so those who wait ask every 50 ms: {error}: "
-            + listening(self._keys)
+            + rights.listening(self._keys)
         )
 
     def _mux(self) -> Mux:
@@ -348,8 +353,18 @@ class RedisBackend(BaseBackend):
         try:
             self._drop_ended()
             self._lines.tend()
+            self._follow()
         finally:
             keeper.at(TEND_EVERY, self._tend)
+
+    def _follow(self) -> None:
+        """In the keeper's thread: nobody goes on asking a server that takes itself for the one still."""
+        self._recipe.where.look(monotonic() + self.timeout)
+        self._lines.leave()
+        self._ear.leave()
+        for loop, mux in list(self._muxes.items()):
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(mux.leave)
 
     def _drop_ended(self) -> None:
         for loop in [known for known in list(self._muxes) if known.is_closed()]:
