@@ -117,8 +117,9 @@ class Lines:
             except ConnectionError as error:
                 if line is not None:
                     lost, sent = line.client, True
+                elsewhere = self._recipe.where.was_wrong(error)
                 demoted = isinstance(error.__cause__, ReadOnlyError) and tries_left < TRIES - DEMOTED_TRIES
-                if not again or demoted or is_final(error):
+                if not again or demoted or (is_final(error) and not elsewhere):
                     if sent:  # and may have been carried out
                         self._leftovers.add(undo)
                     raise
@@ -305,11 +306,12 @@ class Lines:
             greeting = Greeting(work, instead_of)
             line.send(greeting.packed)
             line.client, refused = greeting.heard([line.read() for _ in range(greeting.replies)])
-        except BaseException:
+        except BaseException as error:
             self._leftovers.put_back(work)
             self._leftovers.remind()
             if conn is not None:
                 conn.disconnect()
+            self._recipe.where.was_wrong(error)
             raise
         self._leftovers.put_back(Work([], refused))
         self.connects += 1

@@ -280,17 +280,19 @@ class Mux:
 
     def _failed(self, error: BaseException | None, *, connected: bool) -> None:
         self._error = error
+        elsewhere = error is not None and self._recipe.where.was_wrong(error)
         if connected and self._heard > self._connected_at:  # it did work: try again at once
             self._failures, self._next_try, self._not_before = 0, 0.0, 0.0
             return
         self._failures += 1
-        if not is_final(error) and self._failures < TRIES:
+        final = is_final(error) and not elsewhere
+        if not final and self._failures < TRIES:
             # It was cut while it was being made, say. Those who wait have their own deadlines, and more may come.
             self._next_try = self.loop.time() + 0.01
             return
         wait = min(BACK_OFF, 0.05 * 2 ** min(self._failures, 6)) * (0.5 + random.random() / 2)
         self._next_try = self._not_before = self.loop.time() + wait
-        if is_final(error):
+        if final:
             for command in self._unanswered:
                 if command.waiter is not None and not command.waiter.done():
                     unreachable = ConnectionError(f"Redis cannot be reached: {error!r}")

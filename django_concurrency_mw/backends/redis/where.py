@@ -20,8 +20,11 @@ class Where(Protocol):
     async def akeywords(self) -> Mapping[str, Any]:
         """The same on an event loop; the caller bounds its time."""
 
-    def was_wrong(self, error: BaseException) -> None:
-        """A connection was lost, refused, or answered that it is not the one (any more): READONLY, MOVED. Ask again."""
+    def was_wrong(self, error: BaseException) -> bool:
+        """A connection was lost, refused, or answered that it is not the one (any more): READONLY, MOVED. Ask again.
+
+        Returns whether that may find another one now; not where it has just been asked.
+        """
 
 
 class Fixed:
@@ -33,5 +36,6 @@ class Fixed:
     async def akeywords(self) -> Mapping[str, Any]:
         return {}
 
-    def was_wrong(self, error: BaseException) -> None:
+    def was_wrong(self, error: BaseException) -> bool:
         """There is no other."""
+        return False
