@@ -10,7 +10,7 @@ import inspect
 import re
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from time import monotonic
 from typing import Any
@@ -22,10 +22,18 @@ from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoPermissionError,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.retry import Retry
 
 from ..base import BackendConfig
+from .redirects import Node, Remap, afollowing, following
 from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
@@ -33,8 +41,11 @@ DEFAULT_TIMEOUT = 0.25
 #: Seconds that a call by hand may take.
 BY_HAND = 5.0
 SCHEMES = ("redis://", "rediss://", "unix://")
+#: Those that a Cluster can be made of: a node tells a host and a port of the others.
+CLUSTER_SCHEMES = ("redis://", "rediss://")
+DATABASE_0 = "a Cluster has database 0 only: take the number out"
 #: Part of the public face, and carried out by a later version.
-LATER = ("sentinels", "master_name", "cluster")
+LATER = ("sentinels", "master_name")
 #: What would break the exchange of raw replies, or takes the deadline out of our hands.
 REFUSED = {
     "decode_responses": "the store reads raw replies",
@@ -58,14 +69,27 @@ class Recipe:
     def __init__(self, config: BackendConfig) -> None:
         place = config.place
         location = DEFAULT_LOCATION if config.location is None else config.location
+        options = dict(config.options)
+        #: Those to ask of a Cluster; none: LOCATION is the server.
+        self.nodes: tuple[Node, ...] = ()
+        #: Of a Cluster: what makes of an address that a node told one that is reached from here.
+        self.address_remap: Remap | None = None
+        if _is_cluster(options, f"{place}['OPTIONS']"):
+            location, self.nodes = _startup_nodes(location, f"{place}['LOCATION']")
+            self.address_remap = options.pop("address_remap", None)
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(
                 f"{place}['LOCATION']: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
                 f"got {_without_password(location)}"
+                + (
+                    "; a list is for a Cluster, with OPTIONS['cluster'] = True"
+                    if isinstance(location, (list, tuple))
+                    else ""
+                )
             )
         bare, asked = _without_query(location, f"{place}['LOCATION']")
         # Options may stand in the URL too; redis-py lets those win over keywords, and so do we, but checked like the others.
-        options = {**config.options, **asked}
+        options |= asked
         self.timeout = _timeout(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
         known = redis.ConnectionPool.from_url(bare)
         _check_options(options, _keywords(known.connection_class), f"{place}['OPTIONS']")
@@ -75,35 +99,45 @@ class Recipe:
         threads = redis.ConnectionPool.from_url(
             bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
         )
-        self._plain_class = threads.connection_class
-        self.class_: type[AbstractConnection] = _with_deadline(threads.connection_class)
+        if self.nodes and int(threads.connection_kwargs.get("db") or 0):
+            raise ImproperlyConfigured(
+                f"{place}: a Cluster has database 0 only: take the number out of LOCATION and OPTIONS"
+            )
+        self._plain_class = (
+            following(threads.connection_class, self.address_remap) if self.nodes else threads.connection_class
+        )
+        self.class_: type[AbstractConnection] = _with_deadline(self._plain_class)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
             bare, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
         )
-        self.async_class: Any = loops.connection_class
+        self.async_class: Any = (
+            afollowing(loops.connection_class, self.address_remap) if self.nodes else loops.connection_class
+        )
         self.async_keywords = dict(loops.connection_kwargs)
         self.where: Where = Fixed()
 
-    def connection(self, deadline: float) -> Any:
+    def connection(self, deadline: float, there: Node | None = None) -> Any:
         """A connection for threads, to be made within `deadline` (monotonic seconds). Raises: RedisError, OSError."""
-        conn: Any = self.class_(**{**self.keywords, **self.where.keywords(deadline)})  # redis-py is untyped here
+        extra = self.where.keywords(deadline) if there is None else there._asdict()
+        conn: Any = self.class_(**{**self.keywords, **extra})  # redis-py is untyped here
         conn.deadline = deadline
         return conn
 
-    async def async_connection(self) -> Any:
+    async def async_connection(self, there: Node | None = None) -> Any:
         """A connection for the running event loop. Raises: RedisError, OSError."""
-        return self.async_class(**{**self.async_keywords, **await self.where.akeywords()})
+        extra = await self.where.akeywords() if there is None else there._asdict()
+        return self.async_class(**{**self.async_keywords, **extra})
 
-    def client(self) -> redis.Redis:
+    def client(self, there: Node | None = None, kind: type[redis.Redis] = redis.Redis) -> redis.Redis:
         """An ordinary client, for what is asked once in a while and by hand. The caller closes it."""
-        there = self.where.keywords(monotonic() + BY_HAND)
+        extra = self.where.keywords(monotonic() + BY_HAND) if there is None else there._asdict()
         pool = redis.ConnectionPool(
             connection_class=self._plain_class,
             max_connections=1,
-            **{**self.keywords, **there, "socket_timeout": BY_HAND},
+            **{**self.keywords, **extra, "socket_timeout": BY_HAND},
         )
-        return redis.Redis(connection_pool=pool)
+        return kind(connection_pool=pool)
 
 
 def server_of(keywords: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -123,6 +157,45 @@ def server_of_url(url: str, options: Mapping[str, Any]) -> tuple[str, int, int] 
         return server_of({**options, **parse_url(url)})  # type: ignore[no-untyped-call]  # redis-py's
     except (ValueError, TypeError):
         return None
+
+
+def _is_cluster(options: dict[str, Any], place: str) -> bool:
+    """Takes the option out. Raises: ImproperlyConfigured."""
+    cluster = options.pop("cluster", False)
+    if not isinstance(cluster, bool):
+        raise ImproperlyConfigured(f"{place}['cluster']: expected True or False, got a {type(cluster).__name__}")
+    remap = options.get("address_remap")
+    if cluster and remap is not None and not callable(remap):
+        raise ImproperlyConfigured(
+            f"{place}['address_remap']: expected a callable ((host, port)) -> (host, port), got a {type(remap).__name__}"
+        )
+    return cluster
+
+
+def _startup_nodes(location: Any, place: str) -> tuple[str, tuple[Node, ...]]:
+    """The URL that says how all nodes are spoken to, and the nodes that LOCATION names. Raises: ImproperlyConfigured."""
+    urls = list(location) if isinstance(location, (list, tuple)) else [location]
+    if not urls:
+        raise ImproperlyConfigured(f"{place}: expected the URL of at least one node of the Cluster, got an empty list")
+    nodes, first = [], None
+    for url in urls:
+        if not isinstance(url, str) or not url.startswith(CLUSTER_SCHEMES):
+            raise ImproperlyConfigured(
+                f"{place}: expected URLs of nodes such as 'redis://10.0.0.1:6379' ({', '.join(CLUSTER_SCHEMES)}), "
+                f"got {_without_password(url)}"
+            )
+        _without_query(url, place)
+        said = parse_url(url)  # type: ignore[no-untyped-call]  # redis-py's
+        nodes.append(Node(str(said.pop("host", "localhost")), int(said.pop("port", 6379))))
+        if int(said.pop("db", 0) or 0):
+            raise ImproperlyConfigured(f"{place}: {DATABASE_0}")
+        if first is not None and said != first:
+            raise ImproperlyConfigured(
+                f"{place}: {_without_password(url)} differs from the first URL in more than host and port; a user, a password "
+                "and TLS are those of all nodes"
+            )
+        first = said
+    return urls[0], tuple(dict.fromkeys(nodes))
 
 
 def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
@@ -235,6 +308,24 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
             self.deadline = self.bounded_socket.deadline = deadline
 
     return Bounded
+
+
+async def areply(read: Callable[..., Any]) -> Any:
+    """One reply, on an event loop; an error of the server's is returned. Raises: whatever means that the connection is lost."""
+    try:
+        return await read(disconnect_on_error=False)
+    except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
+        raise ConnectionError(str(error)) from error
+    except ResponseError as error:
+        return error
+
+
+async def hang_up(conn: Any) -> None:
+    """Close it at once, on an event loop."""
+    writer = getattr(conn, "_writer", None)  # private: close() alone would wait for a black hole to drink its buffer
+    if writer is not None:
+        writer.transport.abort()
+    await conn.disconnect(nowait=True)
 
 
 def passes(reply: object) -> bool:

@@ -12,35 +12,42 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ...exceptions import BackendError
 from ...keeper import keeper
 from ...outcomes import Slot, TakeReply
-from ...tokens import process_id, process_of
+from ...tokens import process_id
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, check_message, probe_slot
-from . import wire
+from . import people, wire
+from .cluster import Cluster
 from .connecting import Recipe, server_of
-from .errors import classed
+from .errors import classed, is_replica
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
 from .mux import Mux
+from .redirects import Moved, tries_again
+from .where import Fixed
 
 logger = logging.getLogger("django_concurrency_mw")
+
+Answer = TypeVar("Answer")
 
 #: Seconds between two looks at idle connections.
 TEND_EVERY = 5.0
 #: Seconds between two tries to carry out what is left over.
 DELIVER_AGAIN = 0.25
+#: Seconds until idle connections are heard whose server may not be the one to ask any more.
+HEAR_SOON = 0.1
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
@@ -67,10 +74,12 @@ class RedisBackend(BaseBackend):
         self.timeout = self._recipe.timeout
         self.server = server_of(self._recipe.keywords)
         self._keys = wire.Keys(config.key_prefix)
+        if self._recipe.nodes:
+            self._recipe.where = Cluster(self._recipe, self._keys)
         self._leftovers = Leftovers(self._wake)
-        self._lines = Lines(self._recipe, self._leftovers, self._opened)
+        self._lines = Lines(self._recipe, self._leftovers, self._opened, self._astray)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
-        self._tended = self._delivering = False
+        self._tended = self._delivering = self._hearing = False
         #: What was logged last of what may come again and again.
         self._said = ""
         _stores.add(self)
@@ -87,15 +96,16 @@ class RedisBackend(BaseBackend):
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         held: list[bool] = []
         for first in range(0, len(slots), RENEW_AT_ONCE):
-            some = slots[first : first + RENEW_AT_ONCE]
-            reply = self._call(self._keys.renew(some), (), partial(self._keys.renew, some, whole=True))
-            held += self._held(reply)
+            held += _in_parts(self._renew, slots[first : first + RENEW_AT_ONCE])
         return held
+
+    def _renew(self, slots: Sequence[tuple[Slot, float]]) -> list[bool]:
+        return self._held(self._call(self._keys.renew(slots), (), partial(self._keys.renew, slots, whole=True)))
 
     def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
         held: list[bool] = []
         for first in range(0, len(holders), RENEW_AT_ONCE):
-            held += self._restore(holders[first : first + RENEW_AT_ONCE])
+            held += _in_parts(self._restore, holders[first : first + RENEW_AT_ONCE])
         return held
 
     def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
@@ -168,43 +178,10 @@ class RedisBackend(BaseBackend):
         return [True] * len(slots)
 
     def evict(self, token: str) -> bool:
-        found = False
-        try:
-            with self._recipe.client() as client:
-                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member, _ in client.zscan_iter(
-                        key, match=wire.exactly(token.encode() + b"\n") + b"*", count=1000
-                    ):
-                        if not wire.is_filler(member):
-                            gone = client.eval(wire.EVICT.text, 2, key, self._keys.tombstones, member, token)
-                            found = bool(gone) or found
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return found
+        return self._by_hand(people.evict, token)
 
     def snapshot(self) -> Sequence[Holder]:
-        holders: list[Holder] = []
-        try:
-            with self._recipe.client() as client:
-                seconds, micros = client.time()
-                now = seconds * 1000 + micros / 1000
-                for key in client.scan_iter(match=self._keys.pattern, count=1000, _type="zset"):
-                    for member, ends in client.zrangebyscore(key, now, "+inf", withscores=True):
-                        if not wire.is_filler(member):
-                            holders.append(wire.holder(key, self._keys.prefix, member, ends, now))
-                known = self._processes(client, {process_of(one.token) for one in holders})
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return [wire.with_process(one, known) for one in holders]
-
-    def _processes(self, client: Any, names: Collection[str]) -> dict[str, bytes | None]:
-        """What these processes say of themselves; nothing where the user of LOCATION may not read that."""
-        if not names:
-            return {}
-        try:
-            return dict(zip(names, client.mget([self._keys.process(name) for name in names]), strict=True))
-        except NoPermissionError:
-            return {}
+        return self._by_hand(people.snapshot)
 
     def counts(self, slots: Sequence[Slot]) -> Sequence[int]:
         if not slots:
@@ -218,19 +195,10 @@ class RedisBackend(BaseBackend):
         self._call(packed, (), lambda: packed)
 
     def peaks(self) -> Mapping[str, int]:
-        try:
-            with self._recipe.client() as client:
-                found = client.zrangebyscore(self._keys.peaks, "-inf", "+inf", withscores=True)
-        except Exception as error:
-            raise classed(error, self._keys) from error
-        return {policy.decode("utf-8", "replace"): int(most) for policy, most in found}
+        return self._by_hand(people.peaks)
 
     def reset_peaks(self) -> None:
-        try:
-            with self._recipe.client() as client:  # a command that requests need, too: no more has to be allowed
-                client.zremrangebyscore(self._keys.peaks, "-inf", "+inf")
-        except Exception as error:
-            raise classed(error, self._keys) from error
+        self._by_hand(people.reset_peaks)
 
     def count_place(self) -> Hashable:
         return self.server, self.config.key_prefix
@@ -249,6 +217,8 @@ class RedisBackend(BaseBackend):
             if lines.answered and lines.over:
                 return []
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
+            if is_replica(error):
+                hint = "LOCATION is a replica, which takes no slots: give the master's URL. " + hint
             return [check_message(self, error, hint)]
         finally:
             lines.close()
@@ -298,6 +268,20 @@ class RedisBackend(BaseBackend):
         except Exception as error:  # also what a keyword or a credential provider of the project's raises
             raise classed(error, self._keys) from error
 
+    def _by_hand(self, ask: Callable[..., Answer], *arguments: Any) -> Answer:
+        def answer() -> Answer:
+            with people.clients(self._recipe, self._keys) as clients:
+                return ask(clients, self._keys, *arguments)
+
+        try:
+            try:
+                return answer()
+            except Moved as error:  # meanwhile
+                self._recipe.where.was_wrong(error)
+                return answer()
+        except Exception as error:
+            raise classed(error, self._keys) from error
+
     def _mux(self) -> Mux:
         """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""
         loop = asyncio.get_running_loop()
@@ -332,6 +316,17 @@ class RedisBackend(BaseBackend):
         if self._leftovers:  # added since it looked
             self._wake()
 
+    def _astray(self) -> None:
+        """The server to ask is another one now, or soon: so it is for releases that idle connections have sent."""
+        if not self._hearing and not isinstance(self._recipe.where, Fixed):
+            self._hearing = True
+            keeper.at(HEAR_SOON, self._hear)
+
+    def _hear(self) -> None:
+        """In the keeper's thread."""
+        self._hearing = False
+        self._lines.hear_all()
+
     def _opened(self) -> None:
         """There is a connection of threads to look after from now on."""
         if not self._tended:
@@ -356,7 +351,18 @@ class RedisBackend(BaseBackend):
         self._leftovers.forget()
         self._lines.forget()
         self._muxes = {}
-        self._tended = self._delivering = False
+        self._tended = self._delivering = self._hearing = False
+
+
+def _in_parts(call: Callable[[Sequence[Any]], list[bool]], asked: Sequence[Any]) -> list[bool]:
+    """One answer to each. While a slot moves in a Cluster, the keys of one call may be at two nodes: it is asked by halves."""
+    try:
+        return call(asked)
+    except BackendError as error:
+        if len(asked) == 1 or not tries_again(error.__cause__):
+            raise
+    half = len(asked) // 2
+    return [*_in_parts(call, asked[:half]), *_in_parts(call, asked[half:])]
 
 
 _stores: weakref.WeakSet[RedisBackend] = weakref.WeakSet()
