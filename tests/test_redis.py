@@ -671,7 +671,7 @@ class TestLocations:
         ("redis://x?db=2", {"cluster": True}, "database 0 only"),
         ("redis://x", {"cluster": 1}, "expected True or False"),
         ("redis://x", {"cluster": True, "address_remap": "10.0.0.1"}, "expected a callable"),
-        ("redis://x", {"address_remap": None}, "no 'address_remap'"),
+        ("redis://x", {"address_remap": None}, "for a Cluster alone"),
         (None, {"socket_timeout": 0}, "expected seconds"),
         (None, {"socket_timeout": "1"}, "expected seconds"),
     ],

@@ -43,6 +43,11 @@ BY_HAND = 5.0
 SCHEMES = ("redis://", "rediss://", "unix://")
 #: Those that a Cluster can be made of: a node tells a host and a port of the others.
 CLUSTER_SCHEMES = ("redis://", "rediss://")
+#: Where they stand wrong.
+OF_A_CLUSTER = {
+    "cluster": "it is written into OPTIONS, as True, and not into the URL",
+    "address_remap": "it is for a Cluster alone, beside 'cluster': True",
+}
 DATABASE_0 = "a Cluster has database 0 only: take the number out"
 #: Part of the public face, and carried out by a later version.
 LATER = ("sentinels", "master_name")
@@ -244,6 +249,8 @@ def _check_options(options: Mapping[str, Any], known: set[str], place: str) -> N
     for name in options:
         if name in LATER:
             wrong.append(f"{place}[{name!r}]: {name} is not carried out by this version yet")
+        elif name in OF_A_CLUSTER:
+            wrong.append(f"{place}[{name!r}]: {OF_A_CLUSTER[name]}")
         elif name in REFUSED:
             wrong.append(f"{place}[{name!r}]: {name} cannot be set: {REFUSED[name]}")
         elif name not in known:
