@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
+from time import monotonic, sleep
 from typing import Any
 
 import redis
@@ -16,6 +17,8 @@ from .servers import free_port
 from .support import wait_until
 
 SLOTS = 16_384
+#: Milliseconds without an answer after which the other nodes take one for dead.
+PATIENT, WATCHFUL = 30_000, 1000
 
 
 def free_cluster_port() -> int:
@@ -79,14 +82,19 @@ class Node(RedisServer):
 
 
 class RedisCluster:
-    """So many masters that share the slots, and replicas of the first ones. `node_timeout` is in ms."""
+    """So many masters that share the slots, and replicas of the first ones.
 
-    def __init__(self, masters: int = 3, replicas: int = 0, node_timeout: int = 1000) -> None:
+    One that does not answer for a while is not replaced, as a busy machine may have left it no time; but see `watchful`.
+    """
+
+    def __init__(self, masters: int = 3, replicas: int = 0) -> None:
         self.nodes: list[Node] = []
+        self._calm_at = 0.0
         try:
             for _ in range(masters + replicas):
-                self.nodes.append(Node(node_timeout))
+                self.nodes.append(Node(WATCHFUL))
             self._meet(masters)
+            self._node_timeout(PATIENT)
         except BaseException:
             self.stop()
             raise
@@ -118,14 +126,37 @@ class RedisCluster:
             for node in self.nodes
         )
 
+    @contextmanager
+    def watchful(self) -> Iterator[None]:
+        """A master that is dead is replaced by its replica, soon. At the end all are there again."""
+        self._node_timeout(WATCHFUL)
+        try:
+            yield
+            assert wait_until(self.is_whole, 30)
+        finally:
+            self._node_timeout(PATIENT)
+            self._calm_at = monotonic() + 2.5 * WATCHFUL / 1000
+
+    def _node_timeout(self, milliseconds: int) -> None:
+        for node in self.nodes:
+            if node.process is not None:
+                node.ask("CONFIG SET", "cluster-node-timeout", milliseconds)
+
+    def fail_over(self, replica: Node) -> None:
+        """Its master makes room for it."""
+        # Before that the others do not vote again, and an attempt that fails spoils the next one.
+        sleep(max(0.0, self._calm_at - monotonic()))
+        replica.ask("CLUSTER FAILOVER")
+        assert wait_until(lambda: replica.is_master)
+
     @property
     def urls(self) -> list[str]:
         return [f"redis://127.0.0.1:{node.port}" for node in self.nodes]
 
     def owner(self, prefix: str) -> Node:
-        """Who serves an alias of this prefix, by the word of a node that runs."""
+        """Who serves an alias of this prefix, by the word of a master: they are told of a move at once."""
         slot = key_slot(f"{{{prefix}}}".encode())
-        asked = next(node for node in self.nodes if node.process is not None)
+        asked = next(node for node in self.nodes if node.process is not None and node.is_master)
         port = next(int(entry[2][1]) for entry in _ranges(asked) if entry[0] <= slot <= entry[1])
         return next(node for node in self.nodes if node.port == port)
 

@@ -123,8 +123,8 @@ def shard(redis_cluster: RedisCluster, prefix: str, limits: Limits) -> Iterator[
     options = {"cluster": True, "socket_timeout": 1}
     entry = {"BACKEND": "redis", "LOCATION": redis_cluster.urls, "KEY_PREFIX": ours, "OPTIONS": options}
     limits(everything(CAP, ttl=TTL), BACKENDS={"default": entry}, ON_BACKEND_ERROR="local")
-    yield ours
-    assert wait_until(redis_cluster.is_whole, 30)
+    with redis_cluster.watchful():
+        yield ours
 
 
 def figures(site: Site, since: float) -> str:
@@ -153,8 +153,8 @@ def test_a_replica_takes_over(_: int, redis_cluster: RedisCluster, shard: str) -
     with Site() as site:
         assert site.works()
         began = monotonic()
-        replica.ask("CLUSTER FAILOVER")
-        assert wait_until(lambda: replica.is_master and not old.is_master)
+        redis_cluster.fail_over(replica)
+        assert wait_until(lambda: not old.is_master)
         assert site.works()
     print(figures(site, began))
     assert unexpected(site) == set()
