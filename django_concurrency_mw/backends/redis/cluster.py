@@ -96,7 +96,7 @@ class Cluster:
                     conn = await self._recipe.async_connection(node)
                     await conn.connect()
                     await conn.send_packed_command([SLOTS], check_health=False)
-                    reply = await areply(conn.read_response)
+                    reply = await areply(conn)
                 if isinstance(reply, Exception):
                     raise reply
             except FAILS as error:

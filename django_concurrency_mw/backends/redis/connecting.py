@@ -10,7 +10,7 @@ import inspect
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from time import monotonic
 from typing import Any
@@ -33,7 +33,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from ..base import BackendConfig
-from .redirects import Node, Remap, afollowing, following
+from .redirects import Node, Remap, following, raising, understood
 from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
@@ -105,19 +105,16 @@ class Recipe:
             bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
         )
         if self.nodes and int(threads.connection_kwargs.get("db") or 0):
-            raise ImproperlyConfigured(
-                f"{place}: a Cluster has database 0 only: take the number out of LOCATION and OPTIONS"
-            )
-        self._plain_class = (
-            following(threads.connection_class, self.address_remap) if self.nodes else threads.connection_class
-        )
-        self.class_: type[AbstractConnection] = _with_deadline(self._plain_class)
+            raise ImproperlyConfigured(f"{place}['OPTIONS']['db']: {DATABASE_0}")
+        kind = following(threads.connection_class, self.address_remap) if self.nodes else threads.connection_class
+        self._plain_class = raising(kind) if self.nodes else kind
+        self.class_: type[AbstractConnection] = _with_deadline(kind)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
             bare, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
         )
         self.async_class: Any = (
-            afollowing(loops.connection_class, self.address_remap) if self.nodes else loops.connection_class
+            following(loops.connection_class, self.address_remap) if self.nodes else loops.connection_class
         )
         self.async_keywords = dict(loops.connection_kwargs)
         self.where: Where = Fixed()
@@ -317,14 +314,14 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
     return Bounded
 
 
-async def areply(read: Callable[..., Any]) -> Any:
+async def areply(conn: Any) -> Any:
     """One reply, on an event loop; an error of the server's is returned. Raises: whatever means that the connection is lost."""
     try:
-        return await read(disconnect_on_error=False)
+        return await conn.read_response(disconnect_on_error=False)
     except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
         raise ConnectionError(str(error)) from error
     except ResponseError as error:
-        return error
+        return understood(conn, error)
 
 
 async def hang_up(conn: Any) -> None:

@@ -142,8 +142,8 @@ class LoopDetour:
     async def _call(self, packed: bytes) -> Any:
         try:
             await self._conn.send_packed_command([ASKING + packed], check_health=False)
-            said = await areply(self._conn.read_response)
-            reply = await areply(self._conn.read_response)
+            said = await areply(self._conn)
+            reply = await areply(self._conn)
         except BaseException:
             await self.close()
             raise

@@ -27,7 +27,7 @@ from .connecting import Recipe, is_final, passes
 from .detour import Detour
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
-from .redirects import Ask, Node, tries_again
+from .redirects import Ask, Node, tries_again, understood
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
@@ -63,7 +63,7 @@ class Line:
         except ReadOnlyError as error:  # a master that was demoted: ask again where the master is
             raise ConnectionError(str(error)) from error
         except ResponseError as error:
-            return error
+            return understood(self.conn, error)
 
     def hear(self, entries: int, leftovers: Leftovers, detour: Detour) -> None:
         """Read the replies of so many owed entries. What the server could not carry out now is left over."""

@@ -160,9 +160,9 @@ class Mux:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     async def _read(self, conn: Any) -> None:
-        read, now = conn.read_response, self.loop.time
+        now = self.loop.time
         while True:
-            reply = await areply(read)
+            reply = await areply(conn)
             self._heard = now()
             if isinstance(reply, Ask):
                 await self._send_on(reply)
@@ -260,7 +260,7 @@ class Mux:
         async def hear() -> None:
             await self._write(conn)
             while self._unanswered:
-                self._answer(await areply(conn.read_response))
+                self._answer(await areply(conn))
 
         with contextlib.suppress(*LOST, asyncio.CancelledError):
             await asyncio.wait_for(hear(), self._timeout)
@@ -306,7 +306,7 @@ class Mux:
         await conn.connect()
         greeting = Greeting(work, self._client)
         await conn.send_packed_command([greeting.packed], check_health=False)
-        client, refused = greeting.heard([await areply(conn.read_response) for _ in range(greeting.replies)])
+        client, refused = greeting.heard([await areply(conn) for _ in range(greeting.replies)])
         # Only now: had this attempt failed, the older one would still have to be fenced off.
         self._client = client
         return refused
@@ -318,7 +318,7 @@ class Mux:
             await conn.connect()
             greeting = Greeting(Work(list(lost), []))
             await conn.send_packed_command([greeting.packed], check_health=False)
-            client, _ = greeting.heard([await areply(conn.read_response) for _ in range(greeting.replies)])
+            client, _ = greeting.heard([await areply(conn) for _ in range(greeting.replies)])
         except BaseException:
             await hang_up(conn)
             raise

@@ -76,32 +76,40 @@ def redirection(error: ResponseError, host: str, remap: Remap | None) -> Excepti
 
 
 def following(connection_class: Any, remap: Remap | None) -> Any:
-    """The same kind of connection, for threads, that knows what a node says instead of an answer."""
+    """The same kind of connection, of threads or of event loops, that knows what errors mean: see `understood`."""
 
     class Following(connection_class):  # type: ignore[misc]  # chosen at run time
+        def meaning(self, error: ResponseError) -> Exception | None:
+            return redirection(error, self.host, remap)
+
+    return Following
+
+
+def understood(conn: Any, error: ResponseError) -> ResponseError:
+    """The error as what it means, if the connection is to a node. Asked of errors alone, as replies must cost nothing.
+
+    Raises: Moved, Down.
+    """
+    meaning = getattr(conn, "meaning", None)
+    meant: Exception | None = meaning(error) if meaning is not None else None
+    if meant is None:
+        return error
+    if isinstance(meant, ResponseError):
+        return meant
+    raise meant from error
+
+
+def raising(connection_class: Any) -> Any:
+    """One of threads that raises what errors mean, for redis-py's ordinary clients."""
+
+    class Raising(connection_class):  # type: ignore[misc]  # chosen at run time
         def read_response(self, *arguments: Any, **keywords: Any) -> Any:
             try:
                 return super().read_response(*arguments, **keywords)
             except ResponseError as error:
-                meant = redirection(error, self.host, remap)
-                if meant is None:
+                meant = understood(self, error)
+                if meant is error:
                     raise
                 raise meant from error
 
-    return Following
-
-
-def afollowing(connection_class: Any, remap: Remap | None) -> Any:
-    """The same for event loops."""
-
-    class Following(connection_class):  # type: ignore[misc]  # chosen at run time
-        async def read_response(self, *arguments: Any, **keywords: Any) -> Any:
-            try:
-                return await super().read_response(*arguments, **keywords)
-            except ResponseError as error:
-                meant = redirection(error, self.host, remap)
-                if meant is None:
-                    raise
-                raise meant from error
-
-    return Following
+    return Raising
