@@ -92,7 +92,7 @@ class RedisCluster:
         self._calm_at = 0.0
         try:
             for _ in range(masters + replicas):
-                self.nodes.append(Node(WATCHFUL))
+                self.nodes.append(_started())
             self._meet(masters)
             self._node_timeout(PATIENT)
         except BaseException:
@@ -183,6 +183,14 @@ class RedisCluster:
     def stop(self) -> None:
         for node in self.nodes:
             node.stop()
+
+
+def _started() -> Node:
+    """Somebody else may have taken one of its two ports meanwhile."""
+    for _ in range(3):
+        with suppress(AssertionError):
+            return Node(WATCHFUL)
+    return Node(WATCHFUL)
 
 
 class Move:

@@ -359,7 +359,7 @@ class TestItIsMoving:
         self, redis_cluster: RedisCluster, made: Make, prefix: str, half: str
     ) -> None:
         """If it takes longer than the deadline. One key by itself is served all the while, so the store has not failed."""
-        store, held = made(socket_timeout=0.25), slot("a")
+        store, held = made(socket_timeout=1), slot("a")
         store.take([held])
         with moving(redis_cluster, prefix):
             with pytest.raises(BackendError) as raised:
@@ -412,11 +412,11 @@ class TestItIsMoving:
         target = redis_cluster.another(prefix)
         proxy = Proxy(target.port)
         there = ("127.0.0.1", proxy.port)
-        store = made(address_remap=lambda address: there if address[1] == target.port else address, socket_timeout=0.25)
+        store = made(address_remap=lambda address: there if address[1] == target.port else address, socket_timeout=0.5)
         try:
             with moving(redis_cluster, prefix):
                 all_of(half, store, ("take", [slot("warm")]))
-                proxy.delay = lambda: 0.4
+                proxy.delay = lambda: 0.8
                 with pytest.raises(BackendError):
                     all_of(half, store, ("take", [slot("late")]))
                 proxy.delay = lambda: 0.0
