@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from django_concurrency_mw import backends, health, peaks
 
 from .proxy import Proxy
+from .redis_cluster import RedisCluster
 from .redis_server import RedisServer
 from .support import EARLIER, limits
 
@@ -71,6 +72,14 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[RedisCluster]:
+    """A real Cluster of the suite's own: three masters, and a replica of the first. Who breaks it mends it."""
+    cluster = RedisCluster(masters=3, replicas=1)
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture

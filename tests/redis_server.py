@@ -82,6 +82,11 @@ class RedisServer:
                 sleep(0.02)
         raise AssertionError(f"{binary()} did not start:\n{log.read_text()}")
 
+    def send(self, number: int) -> None:
+        """A signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)

@@ -23,7 +23,8 @@ from django_concurrency_mw import concurrency_limit, conf, hold, keys, pace
 from django_concurrency_mw.backends import get_backend
 from django_concurrency_mw.backends.base import ASK_AGAIN, PLACE_FOR
 from django_concurrency_mw.backends.redis.connecting import DEFAULT_LOCATION, DEFAULT_TIMEOUT
-from django_concurrency_mw.backends.redis.rights import LISTENING, PERMISSIONS
+from django_concurrency_mw.backends.redis.rights import LISTENING, OF_A_CLUSTER, PERMISSIONS
+from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.drivers import run
 from django_concurrency_mw.fields import FIELDS
 from django_concurrency_mw.lease import Lease
@@ -54,7 +55,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
     """What the page on stores sets, after both of its snippets."""
     (tmp_path / "policies.yaml").write_text("policies: {}")
     names: dict[str, Any] = {"BASE_DIR": tmp_path}
-    exec(block("stores.md", "python", '"LOCATION"'), names)
+    exec(block("stores.md", "python", '"LOCATION": "redis://127'), names)
     exec(block("stores.md", "python", '"here"'), names)
     return names
 
@@ -258,10 +259,17 @@ def test_every_proof_of_the_page_on_guarantees_is_there() -> None:
         assert not name or re.search(rf"^(async )?(def|class) {name}\b", text, re.MULTILINE), f"{file}::{name}"
 
 
+def test_the_cluster_of_the_page_on_stores_can_be_made(names: dict[str, Any]) -> None:
+    exec(block("stores.md", "python", '"cluster"'), names)
+    config = conf.compile_settings(names["CONCURRENCY_LIMIT"]).backends["default"]
+    assert [node.host for node in RedisBackend(config)._recipe.nodes] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+
+
 def test_the_rights_of_the_page_on_stores_are_those_that_a_check_names() -> None:
     named = PERMISSIONS.split("* ", 1)[1]
     assert named in block("stores.md", "text", "+eval ")
     assert LISTENING.split("* ", 1)[1] in block("stores.md", "text", "+subscribe")
+    assert f"`{OF_A_CLUSTER.strip()}`" in (DOCS / "stores.md").read_text()
 
 
 SITE = """

@@ -698,7 +698,23 @@ class TestLocations:
         (None, {"decode_responses": True}, "raw replies"),
         (None, {"retry_on_timeout": True}, "retries nothing"),
         (None, {"sentinels": []}, "expected a list of URLs"),
-        (None, {"cluster": True}, "not carried out by this version yet"),
+        (["redis://x"], {}, "a list is for a Cluster"),
+        ([], {"cluster": True}, "an empty list"),
+        ("unix:///redis.sock", {"cluster": True}, "expected URLs of nodes"),
+        (
+            ["redis://x", "redis://:secret@y"],
+            {"cluster": True},
+            r"differs from the first URL in more than host and port",
+        ),
+        (["redis://x", "rediss://y"], {"cluster": True}, "TLS are those of all nodes"),
+        (["redis://x/1"], {"cluster": True}, "database 0 only"),
+        ("redis://x", {"cluster": True, "db": 2}, "database 0 only"),
+        ("redis://x?db=2", {"cluster": True}, "database 0 only"),
+        ("redis://x", {"cluster": 1}, "expected True or False"),
+        ("redis://x", {"cluster": True, "address_remap": "10.0.0.1"}, "expected a callable"),
+        ("redis://x", {"address_remap": None}, "for a Cluster alone"),
+        (None, {"sentinels": ["redis://x"], "master_name": "m", "cluster": True}, "a Cluster has no sentinels"),
+        ("redis://x", {"sentinels": ["redis://x"], "master_name": "m", "cluster": 1}, "a Cluster has no sentinels"),
         (None, {"socket_timeout": 0}, "expected seconds"),
         (None, {"socket_timeout": "1"}, "expected seconds"),
     ],
@@ -707,6 +723,7 @@ def test_what_cannot_work_is_refused_by_name(location: Any, options: dict[str, A
     with pytest.raises(ImproperlyConfigured, match=says) as raised:
         RedisBackend(BackendConfig("other", "redis", location, "p", options))
     assert "['other']" in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_braces_in_the_prefix_are_refused() -> None:

@@ -560,7 +560,7 @@ class TestOptionsInTheUrl:
             ("health_check_interval=5", "found by its use"),
             ("max_connections=3", "as many connections"),
             ("socket_connect_timeout=3", "one deadline"),
-            ("cluster=1", "not carried out by this version yet"),
+            ("cluster=1", "not into the URL"),
         ],
     )
     def test_they_are_refused_by_name(self, query: str, says: str) -> None:

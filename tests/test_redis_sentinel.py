@@ -496,7 +496,7 @@ def test_a_failover_under_load_is_an_outage_like_any_other(
         (None, {"master_name": "my master"}, "expected a name of letters"),
         (None, {"master_name": 1}, "expected a name of letters"),
         (None, {"host": "a"}, r"\['host'\]: the sentinels say where"),
-        (None, {"cluster": True}, r"\['cluster'\]: the sentinels say where"),
+        (None, {"cluster": True}, r"\['cluster'\]: a Cluster has no sentinels"),
         ("redis://u:hunter2@elsewhere/0", {}, r"\['LOCATION'\]: .*redis://user:password@limits/0"),
         ("redis://limits:6379/0", {}, "leave out the host and the port"),
         ("unix:///run/redis.sock", {}, "no unix:// socket"),

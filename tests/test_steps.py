@@ -30,6 +30,7 @@ from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import OnError, acquire
 from django_concurrency_mw.tokens import new_token
 
+from .redis_cluster import RedisCluster
 from .redis_server import RedisServer
 from .support import wait_until
 
@@ -104,6 +105,12 @@ def redis(request: pytest.FixtureRequest) -> BaseBackend:
     return RedisBackend(BackendConfig("default", "redis", server.url, f"steps-{next(_numbers)}", {"socket_timeout": 5}))
 
 
+def cluster(request: pytest.FixtureRequest) -> BaseBackend:
+    nodes: RedisCluster = request.getfixturevalue("redis_cluster")
+    options = {"cluster": True, "socket_timeout": 2}
+    return RedisBackend(BackendConfig("default", "redis", nodes.urls, f"steps-{next(_numbers)}", options))
+
+
 #: name -> a fresh store
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], BaseBackend]] = {"memory": memory, "host": host, "redis": redis}
 
@@ -144,7 +151,7 @@ class Shop:
             self.drive(each.steps_to_give())
 
 
-@pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
+@pytest.fixture(params=[*BACKENDS.values(), cluster], ids=[*BACKENDS, "cluster"])
 def shop(request: pytest.FixtureRequest, drive: Drive) -> Iterator[Shop]:
     shop = Shop(drive, request.param(request), request.param(request))
     yield shop

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from time import monotonic
 from typing import Any
@@ -21,10 +21,13 @@ from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
+from redis.exceptions import ConnectionError, ResponseError
 from redis.retry import Retry
 
 from ..base import BackendConfig
 from . import tls
+from .errors import is_demoted
+from .redirects import Node, Remap, following, raising, understood
 from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
@@ -32,8 +35,14 @@ DEFAULT_TIMEOUT = 0.25
 #: Seconds that a call by hand may take.
 BY_HAND = 5.0
 SCHEMES = ("redis://", "rediss://", "unix://")
-#: Part of the public face, and carried out by a later version.
-LATER = ("cluster",)
+#: Those that a Cluster can be made of: a node tells a host and a port of the others.
+CLUSTER_SCHEMES = ("redis://", "rediss://")
+#: Where they stand wrong.
+OF_A_CLUSTER = {
+    "cluster": "it is written into OPTIONS, as True, and not into the URL",
+    "address_remap": "it is for a Cluster alone, beside 'cluster': True",
+}
+DATABASE_0 = "a Cluster has database 0 only: take the number out"
 #: What would break the exchange of raw replies, or takes the deadline out of our hands.
 REFUSED = {
     "decode_responses": "the store reads raw replies",
@@ -61,14 +70,27 @@ class Recipe:
         place = config.place
         at = at or f"{place}['LOCATION']"
         location = DEFAULT_LOCATION if config.location is None else config.location
+        options = dict(config.options)
+        #: Those to ask of a Cluster; none: LOCATION is the server.
+        self.nodes: tuple[Node, ...] = ()
+        #: Of a Cluster: what makes of an address that a node told one that is reached from here.
+        self.address_remap: Remap | None = None
+        if _is_cluster(options, f"{place}['OPTIONS']"):
+            location, self.nodes = _startup_nodes(location, f"{place}['LOCATION']")
+            self.address_remap = options.pop("address_remap", None)
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(
                 f"{at}: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
                 f"got {_without_password(location)}"
+                + (
+                    "; a list is for a Cluster, with OPTIONS['cluster'] = True"
+                    if isinstance(location, (list, tuple))
+                    else ""
+                )
             )
         bare, asked = _without_query(location, at)
         # Options may stand in the URL too; redis-py lets those win over keywords, and so do we, but checked like the others.
-        options = {**config.options, **asked}
+        options |= asked
         self.timeout = _timeout(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
         known = redis.ConnectionPool.from_url(bare)
         more = _check_options(options, known.connection_class, f"{place}['OPTIONS']")
@@ -78,42 +100,54 @@ class Recipe:
         threads = redis.ConnectionPool.from_url(
             bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
         )
-        self._plain_class = threads.connection_class
-        self.class_: type[AbstractConnection] = _with_deadline(threads.connection_class)
+        if self.nodes and int(threads.connection_kwargs.get("db") or 0):
+            raise ImproperlyConfigured(f"{place}['OPTIONS']['db']: {DATABASE_0}")
+        kind = following(threads.connection_class, self.address_remap) if self.nodes else threads.connection_class
+        self._plain_class = raising(kind) if self.nodes else kind
+        self.class_: type[AbstractConnection] = _with_deadline(kind)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
             bare, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
         )
-        self.async_class: Any = loops.connection_class
+        self.async_class: Any = (
+            following(loops.connection_class, self.address_remap) if self.nodes else loops.connection_class
+        )
         self.async_keywords = dict(loops.connection_kwargs)
         self.where: Where = Fixed()
+        #: Called when it is known, or known anew, where to connect to: others may be connected elsewhere.
+        self.found: Callable[[], None] = lambda: None
         self.server = server_of(self.keywords)
 
-    def connection(self, deadline: float, **keywords: Any) -> Any:
+    def connection(self, deadline: float, there: Node | None = None, **keywords: Any) -> Any:
         """A connection for threads, to be made within `deadline` (monotonic seconds). Raises: RedisError, OSError."""
-        there = self.where.keywords(deadline)
-        conn: Any = self.class_(**{**self.keywords, **keywords, **there})  # redis-py is untyped here
+        extra = self._found(self.where.keywords(deadline)) if there is None else there._asdict()
+        conn: Any = self.class_(**{**self.keywords, **keywords, **extra})  # redis-py is untyped here
         conn.deadline = deadline
         return conn
 
-    async def async_connection(self) -> Any:
+    async def async_connection(self, there: Node | None = None) -> Any:
         """A connection for the running event loop. Raises: RedisError, OSError."""
-        return self.async_class(**{**self.async_keywords, **await self.where.akeywords()})
+        extra = self._found(await self.where.akeywords()) if there is None else there._asdict()
+        return self.async_class(**{**self.async_keywords, **extra})
 
     def gave_up(self, conn: Any, error: BaseException | None = None) -> None:
         """This connection was lost, or did not come about; the error may be one that another server would not give."""
         if self.where.was_wrong(error, conn) and error is not None:
             error.elsewhere = True  # type: ignore[attr-defined]  # for is_final
 
-    def client(self) -> redis.Redis:
+    def client(self, there: Node | None = None, kind: type[redis.Redis] = redis.Redis) -> redis.Redis:
         """An ordinary client, for what is asked once in a while and by hand. The caller closes it."""
-        there = self.where.keywords(monotonic() + BY_HAND)
+        extra = self.where.keywords(monotonic() + BY_HAND) if there is None else there._asdict()
         pool = redis.ConnectionPool(
             connection_class=self._plain_class,
             max_connections=1,
-            **{**self.keywords, **there, "socket_timeout": BY_HAND},
+            **{**self.keywords, **extra, "socket_timeout": BY_HAND},
         )
-        return redis.Redis(connection_pool=pool)
+        return kind(connection_pool=pool)
+
+    def _found(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.found()
+        return keywords
 
 
 def server_of(keywords: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -133,6 +167,45 @@ def server_of_url(url: str, options: Mapping[str, Any]) -> tuple[str, int, int] 
         return server_of({**options, **parse_url(url)})  # type: ignore[no-untyped-call]  # redis-py's
     except (ValueError, TypeError):
         return None
+
+
+def _is_cluster(options: dict[str, Any], place: str) -> bool:
+    """Takes the option out. Raises: ImproperlyConfigured."""
+    cluster = options.pop("cluster", False)
+    if not isinstance(cluster, bool):
+        raise ImproperlyConfigured(f"{place}['cluster']: expected True or False, got a {type(cluster).__name__}")
+    remap = options.get("address_remap")
+    if cluster and remap is not None and not callable(remap):
+        raise ImproperlyConfigured(
+            f"{place}['address_remap']: expected a callable ((host, port)) -> (host, port), got a {type(remap).__name__}"
+        )
+    return cluster
+
+
+def _startup_nodes(location: Any, place: str) -> tuple[str, tuple[Node, ...]]:
+    """The URL that says how all nodes are spoken to, and the nodes that LOCATION names. Raises: ImproperlyConfigured."""
+    urls = list(location) if isinstance(location, (list, tuple)) else [location]
+    if not urls:
+        raise ImproperlyConfigured(f"{place}: expected the URL of at least one node of the Cluster, got an empty list")
+    nodes, first = [], None
+    for url in urls:
+        if not isinstance(url, str) or not url.startswith(CLUSTER_SCHEMES):
+            raise ImproperlyConfigured(
+                f"{place}: expected URLs of nodes such as 'redis://10.0.0.1:6379' ({', '.join(CLUSTER_SCHEMES)}), "
+                f"got {_without_password(url)}"
+            )
+        _without_query(url, place)
+        said = parse_url(url)  # type: ignore[no-untyped-call]  # redis-py's
+        nodes.append(Node(str(said.pop("host", "localhost")), int(said.pop("port", 6379))))
+        if int(said.pop("db", 0) or 0):
+            raise ImproperlyConfigured(f"{place}: {DATABASE_0}")
+        if first is not None and said != first:
+            raise ImproperlyConfigured(
+                f"{place}: {_without_password(url)} differs from the first URL in more than host and port; a user, a password "
+                "and TLS are those of all nodes"
+            )
+        first = said
+    return urls[0], tuple(dict.fromkeys(nodes))
 
 
 def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
@@ -184,8 +257,8 @@ def _check_options(options: Mapping[str, Any], connection_class: type, place: st
     with_tls = "ssl_cert_reqs" in known
     wrong = []
     for name in options:
-        if name in LATER:
-            wrong.append(f"{place}[{name!r}]: {name} is not carried out by this version yet")
+        if name in OF_A_CLUSTER:
+            wrong.append(f"{place}[{name!r}]: {OF_A_CLUSTER[name]}")
         elif name in REFUSED:
             wrong.append(f"{place}[{name!r}]: {name} cannot be set: {REFUSED[name]}")
         elif name in both:
@@ -258,3 +331,21 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
             self.deadline = self.bounded_socket.deadline = deadline
 
     return Bounded
+
+
+async def areply(conn: Any) -> Any:
+    """One reply, on an event loop; an error of the server's is returned. Raises: whatever means that the connection is lost."""
+    try:
+        return await conn.read_response(disconnect_on_error=False)
+    except ResponseError as error:
+        if is_demoted(error):  # ask again where the master is
+            raise ConnectionError(str(error)) from error
+        return understood(conn, error)
+
+
+async def hang_up(conn: Any) -> None:
+    """Close it at once, on an event loop."""
+    writer = getattr(conn, "_writer", None)  # private: close() alone would wait for a black hole to drink its buffer
+    if writer is not None:
+        writer.transport.abort()
+    await conn.disconnect(nowait=True)

@@ -19,7 +19,8 @@ from redis.exceptions import (
 
 from ...exceptions import BackendError, PermanentBackendError
 from . import tls
-from .rights import permitted
+from .redirects import code, tries_again
+from .rights import OF_A_CLUSTER, permitted
 from .wire import Keys
 
 #: What services say of a command that they have switched off, each in its own words.
@@ -84,7 +85,8 @@ def classed(error: Exception, keys: Keys) -> BackendError:
     if cure:
         # A key of another type is in the way of its own semaphore alone.
         return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))
-    return BackendError(text)
+    # Some of a command's keys are moving to another node of a Cluster: those of other commands are not.
+    return BackendError(text, whole=not tries_again(error))
 
 
 def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
@@ -92,6 +94,8 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
         return error.cure
     prefix = keys.prefix.decode()
     permissions = permitted(keys)
+    if "cluster" in text.lower() or "asking" in text.lower():
+        permissions += OF_A_CLUSTER
     if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
         return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
@@ -105,9 +109,23 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
         return "use Redis 6.2 or newer, or Valkey 7.2 or newer, and do not rename the commands: " + permissions
     if _is(text, "WRONGTYPE"):
         return f"another program keeps a key of its own under {prefix}: choose another KEY_PREFIX, and remove that key"
+    if error is not None and code(error) == "MOVED":
+        return (
+            "LOCATION is a node of a Redis Cluster, and another one serves this alias: put `cluster: True` into OPTIONS, and "
+            "better the URLs of several nodes into LOCATION, as a list"
+        )
+    if "cluster support disabled" in text:
+        return "LOCATION is a single server and no node of a Redis Cluster: take `cluster` out of OPTIONS"
     if _is(text, "CROSSSLOT"):
         return "this is a Redis Cluster, and something between it and us changes the names of keys"
     return ""
+
+
+def is_replica(error: BaseException | None) -> bool:
+    """Did the server, whatever was made of it since, say that it is no master?"""
+    while error is not None and not is_demoted(error):
+        error = error.__cause__
+    return error is not None
 
 
 def _is_disabled(text: str) -> bool:

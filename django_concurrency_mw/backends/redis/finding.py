@@ -1,4 +1,5 @@
-"""From LOCATION and OPTIONS to how connections are made and where they go: a plain server, or whom Sentinels name."""
+"""From LOCATION and OPTIONS to how connections are made and where they go: a plain server, whom Sentinels name, or the node of
+a Cluster."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from django.core.exceptions import ImproperlyConfigured
 
 from ...exceptions import shown
 from ..base import BackendConfig
+from .cluster import Cluster
 from .connecting import Recipe
 from .sentinel import Sentinel, Sentinels
+from .wire import Keys
 
 SENTINEL_PORT = 26379
 #: What Redis accepts in `sentinel monitor`.
@@ -23,7 +26,7 @@ def recipe_for(config: BackendConfig) -> Recipe:
     """Raises: ImproperlyConfigured for a LOCATION or an option that cannot work, by name."""
     options = dict(config.options)
     if "sentinels" not in options and "master_name" not in options:
-        return Recipe(config)
+        return _plain(config)
     urls, name = options.pop("sentinels", None), options.pop("master_name", None)
     place = f"{config.place}['OPTIONS']"
     wrong = _wrong(urls, name, options, place)
@@ -36,6 +39,15 @@ def recipe_for(config: BackendConfig) -> Recipe:
     recipe.where = Sentinels(name, ways, recipe.timeout)
     known = ", ".join(sorted(way.name.lower() for way in ways))
     recipe.server = f"the master {name} of {known}", 0, int(recipe.keywords.get("db") or 0)
+    return recipe
+
+
+def _plain(config: BackendConfig) -> Recipe:
+    """A server, or a Cluster."""
+    recipe = Recipe(config)
+    if recipe.nodes:
+        recipe.where = Cluster(recipe, Keys(config.key_prefix))
+        recipe.server = *min(recipe.nodes), 0
     return recipe
 
 
@@ -56,9 +68,13 @@ def _wrong(urls: Any, name: Any, options: Mapping[str, Any], place: str) -> list
             f"{place}['master_name']: expected a name of letters, digits and . - _, as in `sentinel monitor`, "
             f"got {shown(name)}"
         )
-    for option in ("host", "port", "path", "cluster"):
+    for option in ("host", "port", "path"):
         if option in options:
             wrong.append(f"{place}[{option!r}]: the sentinels say where the master is")
+    if options.get("cluster"):
+        wrong.append(
+            f"{place}['cluster']: a Cluster has no sentinels: take out `cluster`, or `sentinels` and `master_name`"
+        )
     return wrong
 
 

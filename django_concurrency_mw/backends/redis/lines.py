@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
 from .connecting import Recipe
+from .detour import Detour
 from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
+from .redirects import Ask, Node, tries_again, understood
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
@@ -27,6 +29,8 @@ HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
 TRIES = 100
 #: Connections that may turn out to be to a demoted master, before the store counts as failing.
 DEMOTED_TRIES = 3
+#: Seconds until a command whose keys are at two nodes is tried again.
+PAUSE = 0.01
 #: Replies that a connection may owe before the older half is heard.
 MOST_OWED = 64
 
@@ -53,9 +57,9 @@ class Line:
         except ResponseError as error:
             if is_demoted(error):  # ask again where the master is
                 raise ConnectionError(str(error)) from error
-            return error
+            return understood(self.conn, error)
 
-    def hear(self, entries: int, leftovers: Leftovers) -> None:
+    def hear(self, entries: int, leftovers: Leftovers, detour: Detour) -> None:
         """Read the replies of so many owed entries. What the server could not carry out now is left over."""
         for _ in range(entries):
             releases, replies = self.owed[0]
@@ -64,7 +68,8 @@ class Line:
                 replies -= 1
                 self.owed[0] = (releases, replies)
                 if passes(reply):  # the last replies are those of the last releases
-                    leftovers.add(releases[len(releases) - 1 - replies :][:1])
+                    refused = releases[len(releases) - 1 - replies :][:1]
+                    leftovers.add(detour.carry_out(refused, [reply], self.conn.deadline))
             self.owed.popleft()
 
 
@@ -73,16 +78,25 @@ class _Refused(RedisError):
 
 
 class Lines:
-    """The stack of one store. `connects` counts new connections; `opened` is called for each."""
+    """The stack of one store. `connects` counts new connections; `opened` is called for each, `astray` when one was lost or its
+    server was not the one to ask: what others owe may be the same."""
 
-    def __init__(self, recipe: Recipe, leftovers: Leftovers, opened: Callable[[], None]) -> None:
-        self._recipe, self._leftovers, self._opened = recipe, leftovers, opened
+    def __init__(
+        self,
+        recipe: Recipe,
+        leftovers: Leftovers,
+        opened: Callable[[], None],
+        astray: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._recipe, self._leftovers, self._opened, self._astray = recipe, leftovers, opened, astray
+        self._detour = Detour(self._open_there, leftovers.fence)
         self.forget()
 
     def forget(self) -> None:
         """In a forked child: the connections are the parent's."""
         self._free: deque[Line] = deque()
         self.connects = 0
+        self._detour.forget()
 
     def __len__(self) -> int:
         return len(self._free)
@@ -92,7 +106,21 @@ class Lines:
 
         Raises: RedisError, OSError. What was taken by a command whose reply did not come is released.
         """
-        return self._call(packed, undo, whole, monotonic() + self._recipe.timeout)
+        deadline = monotonic() + self._recipe.timeout
+        refused: ResponseError | None = None
+        while True:
+            try:
+                return self._call(packed, undo, whole, deadline)
+            except ResponseError as error:
+                # What takes nothing can be asked in parts, or later.
+                if not undo or not tries_again(error) or monotonic() + PAUSE > deadline:
+                    raise
+                refused = error
+            except TimeoutError as error:
+                if refused is None:
+                    raise
+                raise refused from error  # which is why there was no time left
+            sleep(PAUSE)
 
     def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float) -> Any:
         try:
@@ -111,6 +139,7 @@ class Lines:
             except ConnectionError as error:
                 if line is not None:
                     lost, sent = line.client, True
+                    self._astray()
                 demoted = is_demoted(error.__cause__) and tries_left < TRIES - DEMOTED_TRIES
                 if not again or demoted or is_final(error):
                     if sent:  # and may have been carried out
@@ -133,7 +162,7 @@ class Lines:
         try:
             line.conn.until(monotonic() + self._recipe.timeout)
             if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
-                line.hear(len(line.owed) // 2, self._leftovers)
+                line.hear(len(line.owed) // 2, self._leftovers, self._detour)
             line.owed.append((releases, len(releases)))
             line.send(_together(releases))
         except BaseException as error:
@@ -154,6 +183,24 @@ class Lines:
                 line.conn.disconnect()
                 raise _Refused(f"{len(refused)} releases could not be carried out yet")
             self._free.append(line)
+
+    def hear_all(self) -> None:
+        """Hear at once what idle connections owe: releases may have been refused, or lost, that nobody has looked at yet."""
+        deadline = monotonic() + self._recipe.timeout
+        for line in reversed(list(self._free)):
+            try:
+                self._free.remove(line)
+            except ValueError:  # in use: it is heard
+                continue
+            try:
+                line.conn.until(deadline)
+                line.hear(len(line.owed), self._leftovers, self._detour)
+            except BaseException as error:
+                self._lost(line, error)
+                if not isinstance(error, (RedisError, OSError)):
+                    raise
+            else:
+                self._free.appendleft(line)
 
     def refresh(self) -> None:
         """Something failed: close what was not used a moment ago, as it may be dead, and connect anew, which is the next to be
@@ -181,6 +228,7 @@ class Lines:
         for line in list(self._free):
             line.used = 0.0
         self.tend()
+        self._detour.tend(float("inf"))
         while self._free:  # it did not answer, and the others had to wait for it
             try:
                 self._lost(self._free.popleft())
@@ -190,6 +238,7 @@ class Lines:
     def tend(self) -> None:
         """Hear what idle connections owe, and close those that are not needed any more."""
         now = monotonic()
+        self._detour.tend(now - CLOSE_AFTER)
         deadline = now + self._recipe.timeout  # one for all of them: renewals wait in this thread
         tended: list[Line] = []
         try:
@@ -203,7 +252,7 @@ class Lines:
                     break
                 try:
                     line.conn.until(deadline)
-                    line.hear(len(line.owed), self._leftovers)
+                    line.hear(len(line.owed), self._leftovers, self._detour)
                 except TimeoutError:
                     line.late += 1
                     if line.late > 1:
@@ -242,7 +291,7 @@ class Lines:
             line.owed.append((undo, 1))  # until the reply is read, this is what a lost connection leaves to do
             line.send(packed)
             sent = True
-            line.hear(owed, self._leftovers)
+            line.hear(owed, self._leftovers, self._detour)
             reply = line.read()
         except TimeoutError:
             if sent:
@@ -261,8 +310,26 @@ class Lines:
         self._free.append(line)
         if isinstance(reply, NoScriptError):
             return self._call(whole(), undo, whole, deadline)
+        if isinstance(reply, Ask):
+            reply = self._ask_there(reply, packed, undo, whole, deadline)
         if isinstance(reply, Exception):
             raise reply
+        return reply
+
+    def _ask_there(
+        self, ask: Ask, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float
+    ) -> Any:
+        """The reply of the node that the slot is moving to. Raises: RedisError, OSError; then it is not asked again."""
+        self._astray()
+        try:
+            (reply,) = self._detour.call(ask, [packed], deadline)
+            if isinstance(reply, NoScriptError):
+                (reply,) = self._detour.call(ask, [whole()], deadline)
+        except BaseException as error:
+            self._leftovers.add(undo)
+            if isinstance(error, ConnectionError):  # not of the connection that this is the answer of
+                raise ask from error
+            raise
         return reply
 
     def _late(self, line: Line, undo: Sequence[Release]) -> None:
@@ -308,7 +375,11 @@ class Lines:
             conn.connect()
             greeting = Greeting(work, instead_of)
             line.send(greeting.packed)
-            line.client, refused = greeting.heard([line.read() for _ in range(greeting.replies)])
+            replies = [line.read() for _ in range(greeting.replies)]
+            line.client, refused = greeting.heard(replies)
+            if refused:
+                answers = replies[len(replies) - len(work.releases) :]
+                refused = self._detour.carry_out(work.releases, answers, deadline)
         except BaseException as error:
             self._leftovers.put_back(work)
             self._leftovers.remind()
@@ -320,6 +391,20 @@ class Lines:
         self.connects += 1
         self._opened()
         return line, refused
+
+    def _open_there(self, there: Node, deadline: float, lost: Sequence[Client]) -> Line:
+        """For the detour."""
+        conn = self._recipe.connection(deadline, there)
+        line = Line(conn)
+        try:
+            conn.connect()
+            greeting = Greeting(Work(list(lost), []))
+            line.send(greeting.packed)
+            line.client, _ = greeting.heard([line.read() for _ in range(greeting.replies)])
+        except BaseException:
+            conn.disconnect()
+            raise
+        return line
 
 
 class Trial(Lines):

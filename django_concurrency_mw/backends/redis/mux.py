@@ -20,12 +20,14 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, TimeoutError
 
-from .connecting import Recipe
-from .errors import is_demoted, is_final, passes
+from .connecting import Recipe, areply, hang_up
+from .detour import LoopDetour
+from .errors import is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
+from .redirects import Ask, Moved, Node, tries_again
 
 LOST = (RedisError, OSError, EOFError, asyncio.TimeoutError)
 #: Timeouts without any reply after which a connection is given up.
@@ -34,6 +36,8 @@ DEAD_AFTER = 2
 MOST = 20_000
 #: Attempts to connect that may fail in a row, each in a way that passes, before new calls are refused for a while.
 TRIES = 50
+#: Seconds until a command whose keys are at two nodes is tried again.
+PAUSE = 0.01
 #: Seconds until the next attempt to connect, at most. (At 0.5 a store that was back was found after 0.59 s.)
 BACK_OFF = 0.25
 
@@ -41,7 +45,7 @@ BACK_OFF = 0.25
 class Command:
     """One packed command: `waiter` gets its reply, `whole` makes the form that needs no script loaded. A `release` has none."""
 
-    __slots__ = ("packed", "release", "sent", "waiter", "whole")
+    __slots__ = ("packed", "refused", "release", "sent", "waiter", "whole")
 
     def __init__(
         self,
@@ -52,6 +56,8 @@ class Command:
         release: Release | None = None,
     ) -> None:
         self.packed, self.sent, self.waiter, self.whole, self.release = packed, sent, waiter, whole, release
+        #: What goes by, and why it is sent once more.
+        self.refused: Exception | None = None
 
     @property
     def awaited(self) -> bool:
@@ -77,6 +83,7 @@ class Mux:
         self._next_try = self._not_before = self._heard = self._connected_at = 0.0
         self._failures = 0
         self._hurry = asyncio.Event()
+        self._detour = LoopDetour(self._open_there, leftovers.fence, recipe.timeout)
         self.connects = self.dropped = 0
 
     # -- for callers --------------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ class Mux:
             if command.sent + self._timeout > now:
                 following = command.sent + self._timeout
                 break
-            waiter.set_exception(TimeoutError(f"no answer from Redis in {self._timeout} s"))
+            waiter.set_exception(command.refused or TimeoutError(f"no answer from Redis in {self._timeout} s"))
         if self._unanswered:
             silent = now - max(self._unanswered[0].sent, self._heard)
             if self._conn is not None and self._reading is not None and silent > DEAD_AFTER * self._timeout:
@@ -154,11 +161,28 @@ class Mux:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     async def _read(self, conn: Any) -> None:
-        read, now = conn.read_response, self.loop.time
+        now = self.loop.time
         while True:
-            reply = await _reply(read)
+            reply = await areply(conn)
             self._heard = now()
-            self._answer(reply)
+            if isinstance(reply, Ask):
+                await self._send_on(reply)
+            else:
+                self._answer(reply)
+
+    async def _send_on(self, ask: Ask) -> None:
+        """The next answer is that of the node that the slot is moving to. All others wait for it: so the order is kept."""
+        command = self._unanswered[0]
+        if not command.awaited and command.release is None:  # nobody waits for it, and nothing was carried out
+            self._answer(ask)
+            return
+        try:
+            reply = await self._detour.call(ask, command.packed)
+        except Moved:
+            raise
+        except LOST:  # it may have been carried out; the release that follows is carried out behind it, see `detour`
+            reply = ask
+        self._answer(reply)
 
     def _answer(self, reply: Any) -> None:
         command = self._unanswered.popleft()
@@ -167,11 +191,18 @@ class Mux:
             if command.release is not None and passes(reply):
                 self._leftovers.add([command.release])
         elif isinstance(reply, NoScriptError) and command.whole is not None:
-            self._queue(Command(command.whole(), command.sent, waiter))
+            self._queue(Command(command.whole(), command.sent, waiter, command.whole))
+        elif tries_again(reply) and self.loop.time() + PAUSE < command.sent + self._timeout:
+            command.refused = reply
+            self.loop.call_later(PAUSE, self._once_more, command)
         elif isinstance(reply, Exception):
             waiter.set_exception(reply)
         else:
             waiter.set_result(reply)
+
+    def _once_more(self, command: Command) -> None:
+        if command.awaited:  # else its release has been sent
+            self._queue(command)
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -194,8 +225,9 @@ class Mux:
                     self._recipe.gave_up(conn, error)
                 self._failed(error, connected=conn is not None)
                 self._conn = None
+                await self._detour.close()
                 if conn is not None:
-                    await _hang_up(conn)
+                    await hang_up(conn)
                     conn = None
                 if not self._prune():
                     break
@@ -207,7 +239,8 @@ class Mux:
                 await self._farewell(conn)
                 self._conn = None
                 # To close it properly takes TLS a round trip, which an ending loop does not wait for.
-                await _hang_up(conn)
+                await hang_up(conn)
+                await self._detour.close()
             self._owner = None
 
     async def _pause(self) -> None:
@@ -235,7 +268,7 @@ class Mux:
         async def hear() -> None:
             await self._write(conn)
             while self._unanswered:
-                self._answer(await _reply(conn.read_response))
+                self._answer(await areply(conn))
 
         with contextlib.suppress(*LOST, asyncio.CancelledError):
             await asyncio.wait_for(hear(), self._timeout)
@@ -270,7 +303,7 @@ class Mux:
             self._leftovers.remind()
             if conn is not None:
                 self._recipe.gave_up(conn, error)
-                await _hang_up(conn)
+                await hang_up(conn)
             raise
         if refused:
             self._leftovers.put_back(Work([], refused))
@@ -282,10 +315,23 @@ class Mux:
         await conn.connect()
         greeting = Greeting(work, self._client)
         await conn.send_packed_command([greeting.packed], check_health=False)
-        client, refused = greeting.heard([await _reply(conn.read_response) for _ in range(greeting.replies)])
+        client, refused = greeting.heard([await areply(conn) for _ in range(greeting.replies)])
         # Only now: had this attempt failed, the older one would still have to be fenced off.
         self._client = client
         return refused
+
+    async def _open_there(self, there: Node, lost: Sequence[Client]) -> tuple[Any, Client | None]:
+        """For the detour."""
+        conn = await self._recipe.async_connection(there)
+        try:
+            await conn.connect()
+            greeting = Greeting(Work(list(lost), []))
+            await conn.send_packed_command([greeting.packed], check_health=False)
+            client, _ = greeting.heard([await areply(conn) for _ in range(greeting.replies)])
+        except BaseException:
+            await hang_up(conn)
+            raise
+        return conn, client
 
     def _failed(self, error: BaseException | None, *, connected: bool) -> None:
         self._error = error
@@ -293,13 +339,14 @@ class Mux:
             self._failures, self._next_try, self._not_before = 0, 0.0, 0.0
             return
         self._failures += 1
-        if not is_final(error) and self._failures < TRIES:
+        final = is_final(error)
+        if not final and self._failures < TRIES:
             # It was cut while it was being made, say. Those who wait have their own deadlines, and more may come.
             self._next_try = self.loop.time() + 0.01
             return
         wait = min(BACK_OFF, 0.05 * 2 ** min(self._failures, 6)) * (0.5 + random.random() / 2)
         self._next_try = self._not_before = self.loop.time() + wait
-        if is_final(error):
+        if final:
             for command in self._unanswered:
                 if command.waiter is not None and not command.waiter.done():
                     unreachable = ConnectionError(f"Redis cannot be reached: {_words(error)}")
@@ -327,20 +374,3 @@ class Mux:
 def _words(error: BaseException | None) -> str:
     """The repr of redis-py 8's errors has none."""
     return str(error) or repr(error)
-
-
-async def _reply(read: Callable[..., Any]) -> Any:
-    """One reply; an error of the server's is returned. Raises: whatever means that the connection is lost."""
-    try:
-        return await read(disconnect_on_error=False)
-    except ResponseError as error:
-        if is_demoted(error):  # ask again where the master is
-            raise ConnectionError(str(error)) from error
-        return error
-
-
-async def _hang_up(conn: Any) -> None:
-    writer = getattr(conn, "_writer", None)  # private: close() alone would wait for a black hole to drink its buffer
-    if writer is not None:
-        writer.transport.abort()
-    await conn.disconnect(nowait=True)

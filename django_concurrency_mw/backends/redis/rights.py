@@ -19,6 +19,8 @@ PERMISSIONS = (
     "ACL SETUSER <user> ~%s* +eval +evalsha +script|load +zadd +zcard +zcount +zscore +zrem +zrangebyscore +zremrangebyscore "
     "+zscan +scan +set +mget +pexpire +pttl +time +select +client|info +client|kill"
 )
+#: And on a Cluster.
+OF_A_CLUSTER = " +cluster|slots +asking"
 #: And where somebody may wait.
 LISTENING = "ACL SETUSER <user> &%s* +publish +subscribe +pubsub|numsub +ping"
 #: Names no connection.

@@ -26,17 +26,19 @@ from redis.exceptions import RedisError, ResponseError
 from ...bells import Bell
 from ...exceptions import BackendError
 from ...keeper import keeper
-from ...outcomes import QueueReply, Slot, TakeReply
+from ...outcomes import Queued, QueueReply, Slot, TakeReply
 from ...tokens import process_id
 from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, Waiter, check_message, probe_slot
 from . import rights, tls, wire
-from .errors import classed
+from .errors import classed, is_replica
 from .finding import recipe_for
 from .leftovers import Leftovers, Release
 from .lines import Lines, Trial
 from .listening import Ear
 from .looking import Looks
 from .mux import Mux
+from .redirects import tries_again
+from .where import Fixed
 
 logger = logging.getLogger("django_concurrency_mw")
 
@@ -44,6 +46,8 @@ logger = logging.getLogger("django_concurrency_mw")
 TEND_EVERY = 5.0
 #: Seconds between two tries to carry out what is left over.
 DELIVER_AGAIN = 0.25
+#: Seconds until idle connections are heard whose server may not be the one to ask any more.
+HEAR_SOON = 0.1
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
@@ -73,10 +77,11 @@ class RedisBackend(BaseBackend):
         self._keys = wire.Keys(config.key_prefix)
         self._looks = Looks(self._recipe, self._keys)
         self._leftovers = Leftovers(self._wake)
-        self._lines = Lines(self._recipe, self._leftovers, self._opened)
+        self._lines = Lines(self._recipe, self._leftovers, self._opened, self._astray)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._ear = Ear(self._recipe, self._channel, self._deaf)
-        self._tended = self._delivering = False
+        self._recipe.found = self._ear.leave
+        self._tended = self._delivering = self._hearing = False
         #: What was logged last of what may come again and again.
         self._said = ""
         _stores.add(self)
@@ -89,13 +94,20 @@ class RedisBackend(BaseBackend):
     def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
         hears = self._ear.hears(slots[0].token, bell)
         ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
-        reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
+        try:
+            reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
+        except BackendError as error:
+            return _later(error, slots, most)
         return wire.queued(reply, slots, hears=hears)
 
     async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
         hears = await self._ear.ahears(slots[0].token, bell)
         ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
-        return wire.queued(await self._multiplexed(ask(), partial(ask, whole=True), slots), slots, hears=hears)
+        try:
+            reply = await self._multiplexed(ask(), partial(ask, whole=True), slots)
+        except BackendError as error:
+            return _later(error, slots, most)
+        return wire.queued(reply, slots, hears=hears)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._lines.tell(self._keys.give(slots))
@@ -104,15 +116,16 @@ class RedisBackend(BaseBackend):
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
         held: list[bool] = []
         for first in range(0, len(slots), RENEW_AT_ONCE):
-            some = slots[first : first + RENEW_AT_ONCE]
-            reply = self._call(self._keys.renew(some), (), partial(self._keys.renew, some, whole=True))
-            held += self._held(reply)
+            held += _in_parts(self._renew, slots[first : first + RENEW_AT_ONCE])
         return held
+
+    def _renew(self, slots: Sequence[tuple[Slot, float]]) -> list[bool]:
+        return self._held(self._call(self._keys.renew(slots), (), partial(self._keys.renew, slots, whole=True)))
 
     def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
         held: list[bool] = []
         for first in range(0, len(holders), RENEW_AT_ONCE):
-            held += self._restore(holders[first : first + RENEW_AT_ONCE])
+            held += _in_parts(self._restore, holders[first : first + RENEW_AT_ONCE])
         return held
 
     def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
@@ -218,6 +231,8 @@ class RedisBackend(BaseBackend):
                 return []
             hint = "Start it, or correct LOCATION. Until it works ON_BACKEND_ERROR decides about each request."
             hint += tls.suspicion(self._recipe.keywords)
+            if is_replica(error):
+                hint = "LOCATION is a replica, which takes no slots: give the master's URL. " + hint
             return [check_message(self, error, hint)]
         finally:
             lines.close()
@@ -342,6 +357,17 @@ class RedisBackend(BaseBackend):
         if self._leftovers:  # added since it looked
             self._wake()
 
+    def _astray(self) -> None:
+        """The server to ask is another one now, or soon: so it is for releases that idle connections have sent."""
+        if not self._hearing and type(self._recipe.where) is not Fixed:
+            self._hearing = True
+            keeper.at(HEAR_SOON, self._hear)
+
+    def _hear(self) -> None:
+        """In the keeper's thread."""
+        self._hearing = False
+        self._lines.hear_all()
+
     def _opened(self) -> None:
         """There is a connection of threads to look after from now on."""
         if not self._tended:
@@ -377,7 +403,26 @@ class RedisBackend(BaseBackend):
         self._lines.forget()
         self._ear.forget()
         self._muxes = {}
-        self._tended = self._delivering = False
+        self._tended = self._delivering = self._hearing = False
+
+
+def _in_parts(call: Callable[[Sequence[Any]], list[bool]], asked: Sequence[Any]) -> list[bool]:
+    """One answer to each. While a slot moves in a Cluster, the keys of one call may be at two nodes: it is asked by halves."""
+    try:
+        return call(asked)
+    except BackendError as error:
+        if len(asked) == 1 or not tries_again(error.__cause__):
+            raise
+    half = len(asked) // 2
+    return [*_in_parts(call, asked[:half]), *_in_parts(call, asked[half:])]
+
+
+def _later(error: BackendError, slots: Sequence[Slot], most: Sequence[int | None]) -> Queued:
+    """While a slot moves in a Cluster, what one who waits needs may be at two nodes: it asks again. Raises: every other error,
+    and where it may not ask again."""
+    if None in most or not tries_again(error.__cause__):
+        raise error
+    return Queued(tuple([slot.block for slot in slots]), (0,) * len(slots), 0, wire.ASK_OFTEN)
 
 
 _stores: weakref.WeakSet[RedisBackend] = weakref.WeakSet()

@@ -18,6 +18,7 @@ of two lines, its host's name and its pid. And for those who wait, see `lines.lu
 - `!waits:policy:digest`, a mark: somebody who may wait has used this semaphore within a lease; so releases wake. Its value
   is the ms at which a line that seemed full was last looked through for who is not there any more. `!waits` says the same of
   any semaphore, and is there for longer than each of them.
+- `!nothing`, and `!nothing:1` and `:2`, which there never are: by them a node of a Cluster says that its slot is moving.
 - `!wake:` and a process's part of its tokens is no key but a channel: each message is the token of one who has to ask.
 """
 

@@ -17,5 +17,5 @@ if left > 0 then
   redis.call('ZADD', KEYS[2], 'GT', ends, ARGV[2])
   if redis.call('PTTL', KEYS[2]) < left then redis.call('PEXPIRE', KEYS[2], left) end
 end
-lines(now).grant({KEYS[1]})
+if not moves(KEYS[1]) then lines(now).grant({KEYS[1]}) end
 return 1

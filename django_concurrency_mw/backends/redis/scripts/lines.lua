@@ -14,6 +14,14 @@ end
 local function record(key, token)
   return string.match(key, '^[^}]*}:1:') .. '!waiter:' .. token
 end
+-- Is the hash slot of all these keys moving to another node of a Cluster? Some of them are there then and some are here, and a
+-- command that names two that nobody has is refused at both nodes. Nobody stands in a line then, and nobody is let in by others:
+-- a key that was made at the new node would be in the way of the one that comes.
+local function moves(key)
+  local name = string.match(key, '^[^}]*}:1:') .. '!nothing'
+  local reply = redis.pcall('MGET', name .. ':1', name .. ':2')
+  return reply.err ~= nil and string.find(reply.err, 'non local key', 1, true) ~= nil
+end
 -- Somebody who may wait uses this semaphore: it is marked for `length` ms at least, and so is the whole prefix, that a take
 -- need not ask about each semaphore where nobody waits at all. No other commands: a user may be allowed no more than takes
 -- needed before there were lines. Returns whether the semaphore was marked before.
@@ -128,7 +136,7 @@ local function lines(now, asker)
   end
 
   function self.hold(slot, lease)
-    redis.call('ZADD', slot.key, members(slot.holder, now + lease))
+    redis.call('ZADD', slot.key, 'GT', members(slot.holder, now + lease))
     if redis.call('PTTL', slot.key) < lease then redis.call('PEXPIRE', slot.key, lease) end
   end
 

@@ -8,11 +8,12 @@
 --
 -- Asking twice is asking once: who holds already is let in before the limit is looked at. What has lapsed is removed only
 -- where there is no room. A key's expiry only ever grows, so that a short lease never ends a longer one. Nobody gets before
--- those who wait: they are let in first, and where one of them has no room yet, nobody else has.
+-- those who wait: they are let in first, and where one of them has no room yet, nobody else has; but see `moves`.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local room, count, cost, marked, line, taken = {}, {}, {}, {}, nil, 1
-local anybody = redis.call('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits') >= 0
+local room, count, cost, marked, line, taken, away = {}, {}, {}, {}, nil, 1, nil
+local anybody = redis.pcall('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits')
+if type(anybody) == 'table' then away = true else anybody = anybody >= 0 end
 repeat
   local queues = {}
   taken = 1
@@ -31,13 +32,16 @@ repeat
       if count[i] + cost[i] > limit then room[i] = 0 end
     end
     if not line then
-      if waits then
+      if away == nil and (waits or anybody) then away = moves(key) end
+      if away then
+        marked[i] = true
+      elseif waits then
         marked[i] = mark(key, tonumber(ARGV[4 * i - 2]))
       else
         marked[i] = anybody and redis.call('PTTL', beside(key, 'waits')) >= 0
       end
     end
-    if marked[i] and room[i] == 1 and not redis.call('ZSCORE', key, ARGV[4 * i]) then
+    if marked[i] and not away and room[i] == 1 and not redis.call('ZSCORE', key, ARGV[4 * i]) then
       if not line then
         if redis.call('ZCARD', beside(key, 'queue')) > 0 then queues[#queues + 1] = key end
       else

@@ -6,16 +6,20 @@
 -- Returns 0 (all are held), 1 (some are full, and it stands in no line), 2 (nor may it, as too many do) or 3 (it does); then one
 --         each as `take` says it; after 3 also how many stand before it, and the ms until it is worth asking again.
 --
--- Asking twice is asking once: it keeps its places, and who was let in meanwhile holds.
+-- Asking twice is asking once: it keeps its places, and who was let in meanwhile holds. While the keys' hash slot `moves` who
+-- asks first has what is free, and all others ask again.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local token, place = ARGV[1], tonumber(ARGV[3])
 local line = lines(now, token)
 local one = line.described(token, ARGV[2])
+local away = moves(KEYS[1])
 local stands = {}
 for i, slot in ipairs(one.slots) do
-  mark(slot.key, math.max(slot.lease, PLACE))
-  stands[i] = redis.call('ZCARD', beside(slot.key, 'queue')) > 0
+  if not away then
+    mark(slot.key, math.max(slot.lease, PLACE))
+    stands[i] = redis.call('ZCARD', beside(slot.key, 'queue')) > 0
+  end
 end
 
 -- First those before it: something may have become free without a word, or they are dead. Where it is the first itself and
@@ -47,6 +51,7 @@ if not any then
   for i, slot in ipairs(one.slots) do
     if not full[i] then line.hold(slot, slot.lease) end
   end
+  if away then return reply(0) end
   local left, list = line.leave(one, {}), reply(0)
   line.grant(left)
   return list
@@ -58,18 +63,23 @@ for i, slot in ipairs(one.slots) do
     local queue, most = beside(slot.key, 'queue'), tonumber(ARGV[3 + i])
     if most < 0 then
       verdict = 1
-    elseif verdict == 3 and not redis.call('ZSCORE', queue, token) and redis.call('ZCARD', queue) >= most
+    elseif verdict == 3 and not away and not redis.call('ZSCORE', queue, token) and redis.call('ZCARD', queue) >= most
       and line.living(slot.key) >= most then
       verdict = 2
     end
   end
 end
 if verdict < 3 then
-  line.grant(line.leave(one, {}))
+  if not away then line.grant(line.leave(one, {})) end
   return reply(verdict)
 end
 
 local list, ahead, again = reply(3), 0, 1000
+if away then -- it stands nowhere, or where it stood before, and asks often
+  list[#list + 1] = 0
+  list[#list + 1] = 50
+  return list
+end
 redis.call('SET', record(one.slots[1].key, token), ARGV[2], 'PX', place)
 for i, slot in ipairs(one.slots) do
   local queue = beside(slot.key, 'queue')

@@ -15,6 +15,7 @@ for i, key in ipairs(KEYS) do
   end
 end
 if not due[1] then return 0 end
+if moves(KEYS[1]) then return redis.error_reply('TRYAGAIN the hash slot is moving') end -- it is left over, and sent again
 local time = redis.call('TIME')
 local line = lines(time[1] * 1000 + math.floor(time[2] / 1000))
 for i, key in ipairs(KEYS) do
