@@ -214,6 +214,11 @@ class Lines:
             self._lost(line)
         self._free.append(self._connect(now + self._recipe.timeout))
 
+    @property
+    def have_to_leave(self) -> bool:
+        """Does an idle connection go where nobody is to be asked any more?"""
+        return any(self._recipe.where.is_former(line.conn) for line in list(self._free))
+
     def leave(self) -> None:
         """Close idle connections to where nobody is to be asked any more; those in use follow when they are idle."""
         for line in [line for line in list(self._free) if self._recipe.where.is_former(line.conn)]:

@@ -80,7 +80,7 @@ class RedisBackend(BaseBackend):
         self._lines = Lines(self._recipe, self._leftovers, self._opened, self._astray)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._ear = Ear(self._recipe, self._channel, self._deaf)
-        self._recipe.found = self._ear.leave
+        self._recipe.found = self._found
         self._tended = self._delivering = self._hearing = False
         #: What was logged last of what may come again and again.
         self._said = ""
@@ -357,6 +357,12 @@ class RedisBackend(BaseBackend):
         if self._leftovers:  # added since it looked
             self._wake()
 
+    def _found(self) -> None:
+        """It is known where to connect to. Whoever is connected elsewhere is not told of anything there, and tells in vain."""
+        self._ear.leave()
+        if self._lines.have_to_leave:
+            self._astray()
+
     def _astray(self) -> None:
         """The server to ask is another one now, or soon: so it is for releases that idle connections have sent."""
         if not self._hearing and type(self._recipe.where) is not Fixed:
@@ -367,6 +373,7 @@ class RedisBackend(BaseBackend):
         """In the keeper's thread."""
         self._hearing = False
         self._lines.hear_all()
+        self._leave()
 
     def _opened(self) -> None:
         """There is a connection of threads to look after from now on."""
@@ -386,8 +393,11 @@ class RedisBackend(BaseBackend):
     def _follow(self) -> None:
         """In the keeper's thread: nobody goes on asking a server that takes itself for the one still."""
         self._recipe.where.look(monotonic() + self.timeout)
-        self._lines.leave()
         self._ear.leave()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._lines.leave()
         for loop, mux in list(self._muxes.items()):
             with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                 loop.call_soon_threadsafe(mux.leave)

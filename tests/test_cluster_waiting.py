@@ -1,0 +1,213 @@
+"""Waiting in line on a Redis Cluster: who waits is told at the master of the slot, wherever that is or moves to.
+
+What the lines of every store promise is in test_waiting, which runs on a Cluster, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.exceptions import BackendError
+from django_concurrency_mw.outcomes import Full, Queued, Slot, Taken
+
+from .chaos import LONG
+from .cluster_load import CAP, Load
+from .redis_cluster import Node, RedisCluster
+from .support import wait_until
+from .test_waiting import Client, settled
+
+HALVES = ["threads", "loop"]
+Make = Callable[..., Client]
+
+
+@pytest.fixture
+def store(redis_cluster: RedisCluster, prefix: str) -> Iterator[RedisBackend]:
+    options = {"cluster": True, "socket_timeout": 5}
+    store = RedisBackend(BackendConfig("default", "redis", redis_cluster.urls, prefix, options))
+    yield store
+    settled(store)
+
+
+@pytest.fixture
+def client(store: RedisBackend) -> Iterator[Make]:
+    made: list[Client] = []
+
+    def make(*policies: str, **options: Any) -> Client:
+        made.append(Client(store, *policies, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.give()
+        one.bell.close()
+    settled(store)
+    assert store.snapshot() == []
+    assert store.waiters() == []
+
+
+def asks(half: str, one: Client) -> Any:
+    if half == "threads":
+        return one.ask()
+    return asyncio.run(one.store.aqueue(one.slots, one.most, one.bell))  # type: ignore[arg-type]  # a coroutine
+
+
+def places(store: RedisBackend) -> dict[str, int]:
+    return {one.token: one.place for one in store.waiters()}
+
+
+def listens_at(store: RedisBackend, node: Node) -> bool:
+    conn = store._ear._conn
+    return conn is not None and store._ear._hears and conn.port == node.port
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_when_the_slot_has_moved_who_waits_is_told_at_the_new_node(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str, half: str
+) -> None:
+    holder, first, second = client("a"), client("a"), client("a")
+    holder.ask()
+    for one in (first, second):
+        assert isinstance(one.ask(), Queued)
+    move = redis_cluster.begin_move(prefix)
+    assert listens_at(store, move.source)
+    move.all_keys()
+    move.finish()
+    assert isinstance(asks(half, second), Queued)  # it is by this that its process learns of it
+    assert wait_until(lambda: listens_at(store, move.target))
+    assert places(store) == {first.slots[0].token: 1, second.slots[0].token: 2}
+    for one, other in ((holder, first), (first, second)):
+        other.bell.wait(0)
+        one.give()
+        other.hear()
+        assert isinstance(other.ask(), Taken)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_while_it_moves_nobody_joins_a_line_and_who_asks_first_has_what_is_free(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str, half: str
+) -> None:
+    """A line that began at the new node would be in the way of the one that comes; and who was in line before still is."""
+    holder, first = client("a"), client("a")
+    holder.ask()
+    assert isinstance(first.ask(), Queued)
+    late = client("a")
+    move = redis_cluster.begin_move(prefix)
+    for key in ["", *move.left()]:
+        if key:
+            move.key(key)
+        assert isinstance(store.take(client("a").slots), Full)
+        reply = asks(half, late)
+        assert isinstance(reply, Queued)
+        assert reply.again <= 0.05
+        assert isinstance(late.ask_for_the_last_time(), Full)
+        assert places(store) == {first.slots[0].token: 1}
+    move.finish()
+    assert places(store) == {first.slots[0].token: 1}
+    assert isinstance(late.ask(), Queued)
+    assert wait_until(lambda: listens_at(store, move.target))
+    assert places(store) == {first.slots[0].token: 1, late.slots[0].token: 2}
+    holder.give()
+    assert wait_until(first.holds)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_who_was_let_in_while_it_moved_leaves_the_line_afterwards(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str, half: str
+) -> None:
+    holder, first, second = client("a"), client("a", ttl=60), client("a")
+    holder.ask()
+    for one in (first, second):
+        assert isinstance(one.ask(), Queued)
+    move = redis_cluster.begin_move(prefix)
+    holder.give()
+    try:
+        assert wait_until(lambda: isinstance(asks(half, first), Taken))
+    finally:
+        move.all_keys()
+        move.finish()
+    assert isinstance(second.ask(), Queued)
+    assert wait_until(lambda: listens_at(store, move.target))
+    second.ask()
+    (held,) = store.snapshot()
+    assert held.token == first.slots[0].token
+    assert held.lease_left > 30, "its lease has been cut to that of one who is let in"
+    second.bell.wait(0)
+    first.give()
+    assert wait_until(second.holds)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_several_policies_wait_until_it_has_moved(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str, half: str
+) -> None:
+    """Their semaphores are at two nodes: nobody fails for that who may ask again."""
+    store._recipe.timeout = 0.2
+    holder = client("a")
+    holder.ask()
+    move = redis_cluster.begin_move(prefix)
+    try:
+        reply = asks(half, both := client("a", "b"))
+        assert isinstance(reply, Queued)
+        assert reply.again <= 0.05
+        with pytest.raises(BackendError):
+            both.ask_for_the_last_time()
+    finally:
+        move.all_keys()
+        move.finish()
+    store._recipe.timeout = 5
+    assert isinstance(both.ask(), Queued)
+    holder.give()
+    assert wait_until(lambda: isinstance(both.ask(), Taken))
+
+
+def test_moving_to_and_fro_under_a_load_that_waits(
+    redis_cluster: RedisCluster, store: RedisBackend, prefix: str
+) -> None:
+    """Whoever finds it full waits until it is let in: no call fails, nobody is turned away, never above the cap."""
+
+    def waiting(slots: Sequence[Slot]) -> list[Slot]:
+        return [replace(slot, waits=True, memo=[]) for slot in slots]
+
+    def take(slots: Sequence[Slot]) -> Any:
+        slots, bell = waiting(slots), store.bell()
+        reply: Any = store.take(slots)
+        while not isinstance(reply, Taken):
+            if isinstance(reply, Queued):
+                bell.wait(reply.again)
+            reply = store.queue(slots, (1000,), bell)
+        bell.close()
+        return reply
+
+    async def atake(slots: Sequence[Slot]) -> Any:
+        slots, bell = waiting(slots), store.bell()
+        reply: Any = await store.atake(slots)
+        while not isinstance(reply, Taken):
+            if isinstance(reply, Queued):
+                await bell.await_(reply.again)
+            reply = await store.aqueue(slots, (1000,), bell)
+        bell.close()
+        return reply
+
+    give, agive = (partial(lambda call, slots: call(waiting(slots)), call) for call in (store.give, store.agive))
+    with Load(take, give, atake, agive) as load:
+        assert load.goes_on()
+        for _ in range(20 if LONG else 2):
+            move = redis_cluster.begin_move(prefix)
+            assert load.goes_on()
+            move.all_keys(between=lambda: load.goes_on(5))
+            assert load.goes_on()
+            move.finish()
+            assert load.goes_on()
+    assert load.errors == []
+    assert load.full == 0
+    assert 0 < load.most <= CAP
+    assert wait_until(lambda: redis_cluster.held(prefix) == 0), redis_cluster.held(prefix)
+    assert wait_until(lambda: store.waiters() == [])
