@@ -447,9 +447,12 @@ class TestBells:
 
         assert asyncio.run(main()) == [[HELD]] * 60
 
-    def test_only_whose_turn_it_is_wakes_up(self, store: HostBackend) -> None:
+    @pytest.mark.parametrize("lines", ["a", "ab"])
+    def test_only_whose_turn_it_is_wakes_up(self, store: HostBackend, lines: str) -> None:
+        """Of those who stand in several lines, too."""
+
         async def main() -> tuple[bool, bool]:
-            holder, first, second = (Client(store, "a") for _ in range(3))
+            holder, first, second = (Client(store, *lines) for _ in range(3))
             holder.ask()
             waits = []
             for one in (first, second):
@@ -460,6 +463,7 @@ class TestBells:
             await asyncio.sleep(0)
             await store.agive(holder.slots)
             await asyncio.wait_for(waits[0], 20)
+            await asyncio.sleep(0)
             woken = (waits[0].done(), waits[1].done())
             waits[1].cancel()
             for one in (first, second):
@@ -468,6 +472,28 @@ class TestBells:
             return woken
 
         assert asyncio.run(main()) == (True, False)
+
+    def test_who_has_left_one_of_its_lines_wakes_up(self, store: HostBackend) -> None:
+        """It was its turn there, and it could not use that: it has to ask for its place."""
+
+        async def main() -> list[int]:
+            of_a, of_b, both = Client(store, "a"), Client(store, "b"), Client(store, "a", "b")
+            both.bell.close()
+            both.bell = store.abell()
+            of_a.ask()
+            of_b.ask()
+            both.ask()
+            waits = asyncio.ensure_future(both.bell.await_(60))
+            await asyncio.sleep(0)
+            await store.agive(of_b.slots)
+            await asyncio.wait_for(waits, 20)
+            found = states(both)
+            both.bell.close()
+            for one in (both, of_a):
+                one.give()
+            return found
+
+        assert asyncio.run(main()) == [QUEUED, ASKED]
 
     def test_a_loop_hears_of_it_after_a_fork(self, store: HostBackend) -> None:
         """The child closes what it was left, and the parent's loop goes on to hear."""

@@ -176,7 +176,7 @@ class LoopBell(HostBell):
             self._woken, self._rung = None, False
 
     def stands(self, mapped: mmap.mmap, states: list[int]) -> None:
-        self._loop.standing[id(self)] = (mapped, states[0], states[1:])
+        self._loop.standing[id(self)] = (mapped, states)
 
     def close(self) -> None:
         super().close()
@@ -196,7 +196,7 @@ class _LoopPost:
         self._loop = weakref.ref(loop)
         self.bells: dict[int, weakref.ref[LoopBell]] = {}
         #: By the id of a bell: the bytes it waits for.
-        self.standing: dict[int, tuple[mmap.mmap, int, list[int]]] = {}
+        self.standing: dict[int, tuple[mmap.mmap, list[int]]] = {}
         self.post = _Post()
         loop.add_reader(self.post.socket, self._read)
 
@@ -238,10 +238,9 @@ class _LoopPost:
         """Somebody's turn has come. Whose is plain to see in the table, so that no datagram that was lost makes a difference:
         one is lost only where others are still to be read."""
         self.post.empty()
-        standing = list(
-            self.standing.items()
-        )  # in one piece, as a garbage collection in another thread may close a bell
-        for bell in [bell for bell, (mapped, at, more) in standing if mapped[at] != QUEUED or more]:
+        # In one piece, as a garbage collection in another thread may close a bell.
+        standing = list(self.standing.items())
+        for bell in [bell for bell, (mapped, states) in standing if any([mapped[at] != QUEUED for at in states])]:
             self.standing.pop(bell, None)
             reference = self.bells.get(bell)
             rung = None if reference is None else reference()
