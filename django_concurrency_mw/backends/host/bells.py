@@ -176,7 +176,7 @@ class LoopBell(HostBell):
             self._woken, self._rung = None, False
 
     def stands(self, mapped: mmap.mmap, states: list[int]) -> None:
-        self._loop.standing[id(self)] = (mapped, states)
+        self._loop.standing[id(self)] = (mapped, states[0], states[1:])
 
     def close(self) -> None:
         super().close()
@@ -196,7 +196,7 @@ class _LoopPost:
         self._loop = weakref.ref(loop)
         self.bells: dict[int, weakref.ref[LoopBell]] = {}
         #: By the id of a bell: the bytes it waits for.
-        self.standing: dict[int, tuple[mmap.mmap, list[int]]] = {}
+        self.standing: dict[int, tuple[mmap.mmap, int, list[int]]] = {}
         self.post = _Post()
         loop.add_reader(self.post.socket, self._read)
 
@@ -239,8 +239,9 @@ class _LoopPost:
         one is lost only where others are still to be read."""
         self.post.empty()
         # In one piece, as a garbage collection in another thread may close a bell.
-        standing = list(self.standing.items())
-        for bell in [bell for bell, (mapped, states) in standing if any([mapped[at] != QUEUED for at in states])]:
+        for bell, (mapped, first, more) in list(self.standing.items()):
+            if mapped[first] == QUEUED and not (more and any(mapped[at] != QUEUED for at in more)):
+                continue
             self.standing.pop(bell, None)
             reference = self.bells.get(bell)
             rung = None if reference is None else reference()

@@ -12,7 +12,7 @@ from typing import Final
 from ...bells import Bell
 from ...outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
 from ..base import PLACE_FOR, Restore, age_of
-from . import bells, lines
+from . import bells, lines, watch
 from .layout import (
     EVICTED,
     FREE,
@@ -61,6 +61,7 @@ class Ours:
     def forget(self) -> None:
         """Start empty, as in a forked child: the parent's holders are not ours."""
         self.places: dict[Known, Place] = {}
+        self.watch = watch.Watch()
         #: So many are looked through when more are handed over.
         self.tidy_from = TIDY_FROM
 
@@ -93,8 +94,7 @@ class Ours:
                 name = semaphore(*slot.semaphore)
                 if not fit and lines.waiting(table, name):
                     table.due[name] = None
-                    changed = True
-            lines.serve(table, now)
+            changed |= lines.serve(table, now)
         return self._ask(table, slots, now) if changed else answer
 
     def queue(self, table: Table, asked: tuple[Sequence[Slot], Sequence[int | None], Bell], now: int) -> QueueReply:
@@ -115,7 +115,10 @@ class Ours:
                 self._leave(table, slots)
                 return LineFull(full, totals)
         ahead = self._stand(table, slots, full, bell, now)
-        return Queued(full, totals, ahead, lines.ask_again(table, ahead, bells.number_of(bell)))
+        place = self.places[slots[0].token, slots[0].policy, slots[0].key.digest]
+        can_be_woken = bells.number_of(bell)
+        again = self.watch.asks_again(table, place, ahead, now) if can_be_woken else watch.ASK_OFTEN
+        return Queued(full, totals, ahead, again)
 
     def _is_line_full(self, table: Table, slot: Slot, room: int) -> bool:
         place = self.places.get((slot.token, slot.policy, slot.key.digest))
