@@ -22,11 +22,11 @@ TURN: Final = 100_000_000
 APART: Final = 61_803_399
 #: Seconds after which one asks again whom nobody can wake.
 ASK_OFTEN: Final = 0.02
-#: Seconds after which the first in its line asks, turn or not (the second, twice that; and so on). It alone finds what became
-#: free by one who was killed before it had served the line.
-FIRST_ASKS: Final = 0.4
+#: Seconds after which the first in its line asks at the latest (the second, twice that; and so on). Whoever was killed before
+#: it had served this line is found out by nobody else, and nobody else finds what it was given where the datagram was lost.
+FIRST_ASKS: Final = 0.25
 #: From so many on that wait, in all lines together, they ask less often.
-MANY: Final = 80
+MANY: Final = 50
 #: They ask by so much sooner, at random, so that not all of them ask in one turn.
 SPREAD: Final = 0.2
 
