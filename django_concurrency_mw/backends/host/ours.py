@@ -35,8 +35,8 @@ Known = tuple[str, str, bytes]
 Saved = tuple[Known, int, bytes]
 
 #: What the table says of slots that are asked for: of each one the total of its semaphore, and whether it may be held; what is
-#: to be written for that; and the cells to be freed before, which are of the same tokens: those by which it waited, and lapsed
-#: ones that nobody has swept yet.
+#: to be written for that; and the cells to be freed before, which are of the same tokens: those by which it waited or was
+#: evicted, and lapsed ones that nobody has swept yet.
 Answer = tuple[list[int], list[bool], dict[Known, Wanted], list[int]]
 
 #: How long one who does not ask again keeps its places (ns).
@@ -174,7 +174,7 @@ class Ours:
                 fit = True
                 table.extend(place, now + int(slot.ttl * 1e9))
             else:
-                if place and (until or table.waits(place)):
+                if place and (until or table.state(place)):
                     over.append(place[0])
                 if in_lines and fit:  # nobody overtakes who waits
                     fit = lines.is_turn(table, name[:2], place[0] if place else NOWHERE)
@@ -214,7 +214,7 @@ class Ours:
                 cells[place[0]] = known
             else:
                 given.append(False)
-                if place and table.waits(place):
+                if place and table.state(place):  # it waits, or was evicted
                     cells[place[0]] = known
                 else:
                     places.pop(known, None)
