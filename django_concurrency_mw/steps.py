@@ -58,6 +58,9 @@ class Ledger(Waiting, Protocol):
         """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
         take may have overtaken."""
 
+    def holds_elsewhere(self, store: Any) -> bool:
+        """Is something held, or in the course of being taken, in another store?"""
+
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed, so nobody knows whether they are held: they have to be given back all the same."""
 
@@ -122,7 +125,7 @@ def acquire(
         return _rejected(asked, account, "cost_above_limit", hopeless, ())
     fields: list[LimitField] = []
     waited = Waited(Taken((), ()))
-    # Whoever holds a slot of one store does not wait for one of another.
+    # Whoever holds a slot of one store, from this step or from an earlier one, does not wait for one of another.
     may_wait = len({id(stores[entry.policy.backend]) for entry in wanted}) == 1
     for store, group in _rounds(wanted, stores):
         slots = tuple(
@@ -143,7 +146,7 @@ def acquire(
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
         waited = Waited(reply)
-        if isinstance(reply, Full) and may_wait and threads is not None:
+        if isinstance(reply, Full) and may_wait and threads is not None and not lease.holds_elsewhere(store):
             waited = yield from wait(store, group, slots, reply, lease, threads, private_loop)
             reply = waited.reply
         if isinstance(reply, StoreFailed):
