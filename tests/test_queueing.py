@@ -336,6 +336,35 @@ def test_a_request_that_holds_a_slot_of_another_store_from_further_out_does_not_
         full = lease
 
 
+def test_who_waits_keeps_the_limit_it_asked_with_and_a_newcomer_stands_behind(threads_line: Line) -> None:
+    """After a raise nobody of the line is asked anew, and who has the new limit comes in when it is first."""
+    line = threads_line
+    holder = line.holds(asked("a", 1))
+    first, second = (line.waits(asked("a", 1, wait=LONGER)) for _ in range(2))
+    newcomers = [line.waits(asked("a", 3, wait=LONGER)) for _ in range(2)]
+    line.drive(holder.steps_to_give())
+    assert first.result(15).rejected_by is None
+    assert not any(one.done() for one in (second, *newcomers))
+    assert line.in_line() == 3
+    first.result().concurrency.release()
+    assert all(one.result(15).rejected_by is None for one in (second, *newcomers))
+    assert line.held() == ["a"] * 3
+
+
+def test_after_a_cut_those_in_line_come_in_by_the_old_limit(threads_line: Line) -> None:
+    line = threads_line
+    holder = line.holds(asked("a", 2))
+    other = line.holds(asked("a", 2))
+    waiting, newcomer = line.waits(asked("a", 2, wait=LONGER)), line.waits(asked("a", 1, wait=LONGER))
+    line.drive(holder.steps_to_give())
+    assert waiting.result(15).rejected_by is None
+    line.drive(other.steps_to_give())
+    assert not newcomer.done()
+    assert (line.held(), line.in_line()) == (["a"], 1)
+    waiting.result().concurrency.release()
+    assert newcomer.result(15).rejected_by is None
+
+
 # -- the line is bounded --------------------------------------------------------------------------------------------------
 
 
