@@ -24,7 +24,7 @@ from redis.exceptions import ResponseError
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.store import RedisBackend
-from django_concurrency_mw.outcomes import Full, LineFull, Queued, Taken
+from django_concurrency_mw.outcomes import Full, LineFull, Queued, QueueReply, Taken
 from django_concurrency_mw.tokens import new_token, process_id, process_of
 
 from .redis_server import RedisServer
@@ -271,6 +271,23 @@ class TestNobodyOvertakes:
         store.give(waiter.slots[:1])
         settled(store)
         assert places(store, waiter) == [[]]
+
+    @pytest.mark.parametrize(("most", "kind"), [(None, Full), (0, LineFull), (9, Queued)])
+    def test_who_cannot_have_all_any_more_keeps_none_of_it(
+        self, client: Make, most: int | None, kind: type[QueueReply]
+    ) -> None:
+        """It was let in to both, and the shorter lease ended before it asked."""
+        holder, waiter, other, behind = client("a", "b"), client("a", "b"), client("a"), client("b")
+        waiter.slots = (replace(waiter.slots[0], ttl=0.05, memo=[]), waiter.slots[1])
+        holder.ask()
+        waiter.ask()
+        behind.ask()
+        holder.give()
+        assert wait_until(lambda: isinstance(other.take(), Taken))
+        waiter.most = (most, most)
+        assert isinstance(waiter.ask(), kind)
+        assert behind.holds()
+        assert not waiter.holds()
 
     def test_one_that_cannot_use_what_is_free_lets_the_next_one_in_with_the_same_release(
         self, store: RedisBackend, client: Make
