@@ -24,6 +24,7 @@ from redis.exceptions import ResponseError
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, LineFull, Queued, QueueReply, Taken
 from django_concurrency_mw.tokens import new_token, process_id, process_of
 
@@ -192,6 +193,24 @@ class TestPackets:
             server.delete(mark)
         holder.take()
         assert len(store._keys.give(holder.slots)) == 1
+
+    def test_clients_that_have_gone_leave_nothing_behind(
+        self, store: RedisBackend, client: Make, redis_server: RedisServer
+    ) -> None:
+        """There may be millions of them, each with a key of its own."""
+
+        def kept() -> set[bytes]:
+            settled(store)
+            with redis_server.client() as server:
+                names = set(server.scan_iter(store._keys.prefix + b"*"))
+            return names - {store._keys.peaks, store._keys.process(process_id())}
+
+        for number in range(3):
+            one = client("a", ttl=3600)
+            one.slots = (replace(one.slots[0], key=make_key(f"ip:{number}"), memo=[]),)
+            one.take()
+            one.give()
+        assert kept() == {store._keys.prefix + b"!waits", store._keys.prefix + b"!waits:a"}
 
     def test_a_release_looks_only_at_its_own_line(self, own_server: RedisServer) -> None:
         """With a hundred who wait elsewhere the server carries out what it does with none."""

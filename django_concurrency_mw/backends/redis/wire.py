@@ -15,9 +15,10 @@ of two lines, its host's name and its pid. And for those who wait, see `lines.lu
   itself. First the channel of its process, or nothing where that hears nothing; then five for each slot that it wants: key,
   limit, lease in ms, how it is asked for (the third argument of `take.lua`), holder. It expires when its owner has not asked
   for long, and with it all its places.
-- `!waits:policy:digest`, a mark: somebody who may wait has used this semaphore within a lease; so releases wake. Its value
-  is the ms at which a line that seemed full was last looked through for who is not there any more. `!waits` says the same of
-  any semaphore, and is there for longer than each of them.
+- `!waits:policy`, a mark: somebody who may wait has used this policy within a lease; so releases of whoever shares its
+  semaphores wake, also of those who took before the line was there. One for all keys, so that a client leaves none behind.
+  `!waits` says the same of any policy, and is there for longer than each of them.
+- `!looked:policy:digest`, for a second: a line that seemed full was looked through for who is not there any more.
 - `!wake:` and a process's part of its tokens is no key but a channel: each message is the token of one who has to ask.
 """
 
@@ -45,7 +46,7 @@ SEPARATOR = b"\n"
 PEAKS_FOR, PROCESS_FOR = 30 * 86_400.0, 600.0
 #: Seconds after which one whose process hears nothing asks again, and for which it keeps its place without that.
 ASK_OFTEN, DEAF_PLACE_FOR = 0.05, 1.0
-#: In a slot's memo, behind its names: somebody who may wait has used its semaphore.
+#: In a slot's memo, behind its names: somebody who may wait has used its policy.
 WAITED_FOR: Final = "waited for"
 
 

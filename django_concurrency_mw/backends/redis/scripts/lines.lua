@@ -14,17 +14,19 @@ end
 local function record(key, token)
   return string.match(key, '^[^}]*}:1:') .. '!waiter:' .. token
 end
--- Somebody who may wait uses this semaphore: it is marked for `length` ms at least, and so is the whole prefix, that a take
--- need not ask about each semaphore where nobody waits at all. No other commands: a user may be allowed no more than takes
--- needed before there were lines. Returns whether the semaphore was marked before.
+-- Who may wait is marked for `length` ms at least: once for all semaphores of a policy, as there are as many of those as there
+-- are clients, and for the whole prefix, so that a take need not ask about each policy where nobody waits at all. No other
+-- commands: a user may be allowed no more than takes needed before there were lines.
+local function mark_of(key)
+  return (string.gsub(string.match(key, '^(.*):'), '}:1:', '}:1:!waits:', 1))
+end
 local function mark(key, length)
-  local name, whole = beside(key, 'waits'), string.match(key, '^[^}]*}:1:') .. '!waits'
-  local left = redis.call('PTTL', name)
-  if left < length then
+  local name = mark_of(key)
+  if redis.call('PTTL', name) < length then
+    local whole = string.match(key, '^[^}]*}:1:') .. '!waits'
     redis.call('SET', name, '1', 'PX', 2 * length)
     if redis.call('PTTL', whole) < 2 * length then redis.call('SET', whole, '1', 'PX', 4 * length) end
   end
-  return left >= 0
 end
 local function lines(now, asker)
   local self = {stops = {}, granted = 0}
@@ -150,10 +152,9 @@ local function lines(now, asker)
 
   -- How many stand there, without those who have not asked for long; who those are is looked up once a second.
   function self.living(key)
-    local queue, name = beside(key, 'queue'), beside(key, 'waits')
-    local looked = tonumber(redis.call('MGET', name)[1] or 0)
-    if looked <= now - 1000 or looked > now then
-      redis.call('SET', name, string.format('%.0f', now), 'PX', math.max(PLACE, redis.call('PTTL', name)))
+    local queue, looked = beside(key, 'queue'), beside(key, 'looked')
+    if redis.call('PTTL', looked) < 0 then
+      redis.call('SET', looked, '1', 'PX', 1000)
       for _, token in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf')) do
         if not redis.call('MGET', record(key, token))[1] then redis.call('ZREM', queue, token) end
       end
