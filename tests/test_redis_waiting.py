@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -103,6 +104,14 @@ def without_wait(one: Client) -> Client:
     """The same, of a policy that lets nobody wait."""
     one.slots = tuple(replace(slot, waits=False, memo=[]) for slot in one.slots)
     return one
+
+
+def ask_from_the_grave(one: Client, process: str = "dead") -> None:
+    """As a process did that listens no more."""
+    assert isinstance(one.store, RedisBackend)
+    keys = one.store._keys
+    ask = partial(keys.queue, one.slots, one.most, keys.channel(process))
+    one.store._call(ask(), (), partial(ask, whole=True))
 
 
 def ears() -> set[threading.Thread]:
@@ -400,6 +409,41 @@ class TestTheDead:
         assert isinstance(waiter.ask(), Taken)
         with redis_server.client() as server:
             assert server.pexpire(store._keys.waiter(first.token.encode()), 1), "its place has not ended by itself"
+
+    def test_who_listens_again_stands_where_it_stood(self, client: Make) -> None:
+        holder, first, second, third = [client("a") for _ in range(4)]
+        holder.ask()
+        ask_from_the_grave(first)
+        assert [one.ask().ahead for one in (second, third)] == [0, 1], "nobody keeps the living waiting"
+        assert [one.ask().ahead for one in (first, second, third)] == [0, 1, 2]
+        holder.give()
+        assert wait_until(first.holds)
+
+    def test_nobody_walks_along_the_dead_twice(self, own_server: RedisServer) -> None:
+        store = RedisBackend(BackendConfig("default", "redis", own_server.url, "own", {"socket_timeout": 2}))
+        holder, waiter, *dead = [Client(store, "a") for _ in range(30)]
+
+        def commands() -> int:
+            with own_server.client() as server:
+                before = sum(said["calls"] for said in server.info("commandstats").values())
+                waiter.ask()
+                return sum(said["calls"] for said in server.info("commandstats").values()) - before
+
+        holder.ask()
+        waiter.ask()
+        without = commands()
+        waiter.give()
+        settled(store)
+        for number, one in enumerate(dead):
+            ask_from_the_grave(one, str(number))
+        waiter.ask()
+        assert commands() == without
+        holder.give()
+        assert wait_until(waiter.holds)
+        for one in (holder, waiter, *dead):
+            one.give()
+            one.bell.close()
+        settled(store)
 
     def test_who_has_not_asked_for_long_has_no_place(
         self, store: RedisBackend, client: Make, redis_server: RedisServer

@@ -15,6 +15,8 @@ of two lines, its host's name and its pid. And for those who wait, see `lines.lu
   itself. First the channel of its process, or nothing where that hears nothing; then five for each slot that it wants: key,
   limit, lease in ms, how it is asked for (the third argument of `take.lua`), holder. It expires when its owner has not asked
   for long, and with it all its places.
+- `!place:policy:digest:token`, the number of one whose process did not listen, who was taken out of the line for that, for as
+  long as it may ask again: then it has its place back, and until then nobody walks along it.
 - `!waits:policy`, a mark: somebody who may wait has used this policy within a lease; so releases of whoever shares its
   semaphores wake, also of those who took before the line was there. One for all keys, so that a client leaves none behind.
   `!waits` says the same of any policy, and is there for longer than each of them.

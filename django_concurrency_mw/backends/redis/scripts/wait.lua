@@ -13,6 +13,7 @@ local token, place = ARGV[1], tonumber(ARGV[3])
 local line = lines(now, token)
 local one = line.described(token, ARGV[2])
 local stands = {}
+line.come_back(one)
 for i, slot in ipairs(one.slots) do
   mark(slot.key, math.max(slot.lease, PLACE))
   stands[i] = redis.call('ZCARD', beside(slot.key, 'queue')) > 0
