@@ -24,7 +24,9 @@ from redis.exceptions import ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import wire
+from django_concurrency_mw.backends.redis.listening import Ear
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, LineFull, Queued, QueueReply, Taken
 from django_concurrency_mw.tokens import new_token, process_id, process_of
@@ -680,6 +682,66 @@ class TestTheEar:
             for end in (*go, *ready):
                 os.close(end)
         assert code == 0
+
+    def test_what_is_granted_to_one_who_does_not_wait_any_more_is_taken_back_at_once(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, gone, behind = client("a", "b"), client("a", "b"), client("b")
+        for one in (holder, gone, behind):
+            one.ask()
+        gone.bell.close()  # and what it gave back was lost
+        began = monotonic()
+        holder.give()
+        behind.bell.wait(60)
+        assert monotonic() - began < 0.8 * wire.GRANT
+        assert isinstance(behind.ask(), Taken)
+        assert [held.policy for held in store.snapshot()] == ["b"]
+        assert store.waiters() == []
+
+    @pytest.mark.parametrize("ears", [1, 2])
+    def test_a_late_word_takes_nothing_from_who_has_asked(
+        self,
+        store: RedisBackend,
+        client: Make,
+        make_store: Callable[..., RedisBackend],
+        redis_server: RedisServer,
+        monkeypatch: pytest.MonkeyPatch,
+        ears: int,
+    ) -> None:
+        """Nor does another store of the process, that hears the same and knows nobody."""
+        stores = [store, *[make_store() for _ in range(ears - 1)]]
+        token = (waiter := client("a")).slots[0].token
+        words: list[str] = []
+        strays: list[str] = []
+
+        def spy(ear: Ear, heard: Callable[[str], None], stray: Callable[[str], None]) -> None:
+            monkeypatch.setattr(ear, "_stray", lambda word: (stray(word), strays.append(word)))
+            monkeypatch.setattr(ear, "_heard", lambda word: (heard(word), words.append(word)))
+
+        for each in stores:
+            spy(each._ear, each._ear._heard, each._ear._stray)
+        others = [Client(each, "b", limit=9) for each in stores]
+        holder = client("a")
+        for one in (*others, holder, waiter):
+            one.ask()
+        holder.give()
+        assert wait_until(lambda: words.count(token) == ears)
+        assert strays == []
+        assert isinstance(waiter.ask(), Taken)
+        waiter.bell.close()
+        with redis_server.client() as server:
+            server.publish(store._channel(), token)
+        assert wait_until(lambda: words.count(token) == 2 * ears)
+        assert strays == [token] * ears
+        done = threading.Event()
+        keeper.at(0, done.set)
+        assert done.wait(30)
+        for each in stores:
+            settled(each)
+        assert waiter.holds()
+        for one in others:
+            one.give()
+            one.bell.close()
 
     def test_messages_for_nobody_change_nothing(
         self, store: RedisBackend, client: Make, redis_server: RedisServer

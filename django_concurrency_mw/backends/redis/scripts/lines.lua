@@ -160,12 +160,13 @@ local function lines(now, asker)
     if redis.call('PTTL', slot.key) < lease then redis.call('PEXPIRE', slot.key, lease) end
   end
 
-  -- It stands in no line any more, and is forgotten. The keys of the lines that it stood in are added to `left`.
-  function self.leave(one, left)
+  -- It stands in no line any more, and is forgotten, at once or after so many ms. The keys of the lines that it stood in are
+  -- added to `left`.
+  function self.leave(one, left, kept)
     for _, slot in ipairs(one.slots) do
       if redis.call('ZREM', beside(slot.key, 'queue'), one.token) == 1 then left[#left + 1] = slot.key end
     end
-    redis.call('PEXPIRE', record(one.slots[1].key, one.token), 0)
+    redis.call('PEXPIRE', record(one.slots[1].key, one.token), kept or 0)
     return left
   end
 
@@ -221,7 +222,7 @@ local function lines(now, asker)
           for each, slot in ipairs(one.slots) do
             if free[each] then self.hold(slot, math.min(slot.lease, GRANT)) end
           end
-          self.leave(one, due)
+          self.leave(one, due, GRANT) -- until it asks, it can be taken back: see `back`
           self.granted = self.granted + 1
         elseif here and not all and (stands_elsewhere(one, key) or one.channel == '' or tell(one)) then
           redis.call('ZREM', beside(key, 'queue'), token) -- it keeps nothing free that it cannot take
