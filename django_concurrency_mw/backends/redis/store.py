@@ -75,7 +75,7 @@ class RedisBackend(BaseBackend):
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
-        self._ear = Ear(self._recipe, self._channel, self._deaf)
+        self._ear = Ear(self._recipe, self._channel, self._deaf, self._stray)
         self._tended = self._delivering = False
         #: What was logged last of what may come again and again.
         self._said = ""
@@ -236,7 +236,7 @@ class RedisBackend(BaseBackend):
     def check_waiting(self) -> Sequence[CheckMessage]:
         """Tries to listen once, for `socket_timeout` at most. Of a server that cannot be asked `check` has the word."""
         try:
-            refusal = Ear(self._recipe, self._channel, self._deaf).refusal()
+            refusal = Ear(self._recipe, self._channel, self._deaf, self._stray).refusal()
         except Exception:
             return []
         if refusal is None:
@@ -302,6 +302,10 @@ class RedisBackend(BaseBackend):
             f"nobody can be told that it is his turn, so those who wait ask every 50 ms: {error}: "
             + listening(self._keys)
         )
+
+    def _stray(self, token: str) -> None:
+        """In the ear's thread, which has others to listen for: one was let in who does not wait any more."""
+        keeper.at(0, partial(self._lines.tell, [self._keys.back(token.encode())]))
 
     def _mux(self) -> Mux:
         """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""
