@@ -33,7 +33,7 @@ HELP = (
 OFTEN = 0.1
 #: As `tokens` makes them.
 _TOKEN = re.compile(r"[0-9a-f]{16}-[0-9a-f]+")
-WAITING = ("policy", "key", ">place", ">waits for", ">cost", "host", ">pid", "path", "=token")
+WAITING = ("policy", "key", ">place", ">waited", ">cost", "host", ">pid", "path", "=token")
 COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "=token", "marks")
 
 
