@@ -291,7 +291,7 @@ def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
 
 
 def claimed(reply: int, slots: Sequence[Slot]) -> bool:
-    """The reply to a claim by these slots. What their forerunners knew of who may wait is lost: they are marked on suspicion."""
+    """The reply to a claim by these slots. What others knew of who may wait is lost: they are marked on suspicion."""
     if reply == 2:
         for slot in slots:
             slot.memo.append(WAITED_FOR)
