@@ -191,6 +191,21 @@ class TestPackets:
         holder.give()
         assert wait_until(waiter.holds), "the line may be younger than the slot"
 
+    def test_so_does_who_has_claimed_its_slot(self, store: RedisBackend, client: Make) -> None:
+        first, heir = without_wait(client("c")), without_wait(client("c"))
+        first.take()
+        assert store.claim([*zip(first.slots, heir.slots, strict=True)])
+        assert len(store._keys.give(heir.slots)) == 1, "nobody has ever waited here"
+        once, holder, waiter, next_one = client("a"), without_wait(client("a")), client("a"), without_wait(client("a"))
+        once.take()
+        once.give()
+        settled(store)
+        holder.take()
+        assert isinstance(waiter.ask(), Queued)
+        assert store.claim([*zip(holder.slots, next_one.slots, strict=True)])
+        next_one.give()
+        assert wait_until(waiter.holds)
+
     def test_that_is_forgotten_a_while_after_the_last(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
     ) -> None:

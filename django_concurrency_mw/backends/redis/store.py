@@ -119,7 +119,7 @@ class RedisBackend(BaseBackend):
         packed = self._keys.claim(slots)
         # Whoever is not told that he has claimed does not hold: only behind the claim itself a release cannot overtake it.
         undo = self._keys.give([new for _, new in slots])
-        return bool(self._call(packed, undo, lambda: packed) == 1)
+        return wire.claimed(self._call(packed, undo, lambda: packed), [new for _, new in slots])
 
     def _restore(self, holders: Sequence[Restore]) -> list[bool]:
         seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)

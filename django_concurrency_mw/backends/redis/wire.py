@@ -290,6 +290,14 @@ def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
     return Full(tuple(full), counts) if True in full else Taken(room, counts)
 
 
+def claimed(reply: int, slots: Sequence[Slot]) -> bool:
+    """The reply to a claim by these slots. What others knew of who may wait is lost: they are marked on suspicion."""
+    if reply == 2:
+        for slot in slots:
+            slot.memo.append(WAITED_FOR)
+    return reply > 0
+
+
 def queued(reply: Sequence[int], slots: Sequence[Slot], *, hears: bool) -> QueueReply:
     """The reply to `queue`. Who hears nothing has to ask often."""
     verdict, told = reply[0], reply[1 : 1 + len(slots)]

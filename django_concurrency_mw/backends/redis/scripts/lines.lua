@@ -80,7 +80,7 @@ local function lines(now, asker)
     return reply > 0
   end
 
-  -- Who does not listen is taken out of the line: nobody walks along the dead twice. If it only connects again it has its number
+  -- Who does not listen is taken out of the line: nobody walks along the dead twice. If it connects again it has its number
   -- back with its next question, see `come_back`.
   local function skip(key, token, number)
     redis.call('SET', place(key, token), number, 'PX', PLACE)
