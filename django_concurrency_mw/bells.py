@@ -31,11 +31,19 @@ class Bell:
 
     def wait(self, seconds: float) -> None:
         """In a thread: until it rings, `seconds` at most."""
-        event = threading.Event()
-        self._wake = event.set
+        # A bare lock, and no Event: that has a lock of its own inside, and a garbage collection in the middle of its wait() may
+        # give a slot back, and so ring this very bell.
+        closed = threading.Lock()
+        closed.acquire()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # it was rung before
+                closed.release()
+
+        self._wake = wake
         try:
             if not self._rung:  # asked after `_wake` is there: a ring in between is seen by one of the two
-                event.wait(seconds)
+                closed.acquire(timeout=seconds)
         finally:
             self._wake, self._rung = None, False
 

@@ -19,12 +19,20 @@ from django.utils.functional import LazyObject, empty
 from .bells import Bell
 from .effects import Ask, Claim, Effect, Enter, Give, LoadUser, Notify, Queue, Steps, Take, Wait
 from .keeper import keeper
-from .outcomes import QueueReply, Slot, StoreFailed, TakeReply
+from .outcomes import QueueReply, Reason, Slot, StoreFailed, TakeReply
 
 T = TypeVar("T")
-#: The bells by which threads of this process wait now, and what serialises who comes in. Weakly: an exception may come from
-#: anywhere, and a place that nobody gives back would be lost for good.
-_waiting: weakref.WeakSet[Bell] = weakref.WeakSet()
+
+
+class _Place:
+    """One thread that waits. Its bell keeps it."""
+
+    __slots__ = ("__weakref__",)
+
+
+#: Of the threads of this process that wait now, and what serialises who comes in. Weakly: an exception may come from anywhere,
+#: and a place that nobody gives back would be lost for good.
+_waiting: weakref.WeakSet[_Place] = weakref.WeakSet()
 _entering = threading.RLock()
 
 
@@ -67,42 +75,57 @@ async def arun(steps: Steps[T]) -> T:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
 
 
+def _known(store: Any) -> StoreFailed | None:
+    """It is known to fail, so it is not asked."""
+    failure = store.failure
+    return None if failure is None else StoreFailed(failure, sent=False)
+
+
 # -- threads --------------------------------------------------------------------------------------------------------
 
 
 def _take(effect: Take) -> TakeReply | StoreFailed:
-    failure = effect.store.failure
-    if failure is not None:
-        return StoreFailed(failure, sent=False)
-    try:
-        return effect.store.take(effect.slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
-    except Exception as error:
-        return StoreFailed(error)
+    return _asked(effect.store, effect.store.take, effect.slots)
 
 
 def _queue(effect: Queue) -> QueueReply | StoreFailed:
-    failure = effect.store.failure
-    if failure is not None:
-        return StoreFailed(failure, sent=False)
+    return _asked(effect.store, effect.store.queue, effect.slots, effect.most, effect.bell)
+
+
+def _asked(
+    store: Any, method: Callable[..., T], *arguments: Any, raises: tuple[type[Exception], ...] = ()
+) -> T | StoreFailed:
+    """`raises`: what is wrong with the project, and not with the store."""
+    failed = _known(store)
+    if failed is not None:
+        return failed
     try:
-        return effect.store.queue(effect.slots, effect.most, effect.bell)  # type: ignore[no-any-return]  # as above
+        return method(*arguments)
+    except raises:
+        raise
     except Exception as error:
         return StoreFailed(error)
 
 
-def _enter(effect: Enter) -> Bell | None:
-    """A thread that waits is one less for requests without a limit, so they are counted. One that runs an event loop would
-    keep everybody there waiting, those included who could give a slot back."""
-    if _runs_a_loop():
-        return None
-    bell = _made(effect.store.bell)
+def _enter(effect: Enter) -> Bell | Reason:
+    """One that runs an event loop would keep everybody there waiting, those included who could give a slot back."""
+    return "full" if _runs_a_loop() else _counted(effect.threads, effect.store.bell)
+
+
+def _counted(threads: int, bell: Callable[[], Bell]) -> Bell | Reason:
+    """A thread that waits is one less for requests without a limit. The place first: a bell may cost a socket."""
+    place = _Place()
     with _entering:
-        if len(_waiting) < effect.threads:
-            _waiting.add(bell)
-            bell.at_close(partial(_come_out, weakref.ref(bell)))
-            return bell
-    bell.close()
-    return None
+        if len(_waiting) >= threads:
+            return "queue_full"
+        _waiting.add(place)
+    try:
+        made = _made(bell)
+        made.at_close(partial(_come_out, place))
+    except BaseException:
+        _come_out(place)
+        raise
+    return made
 
 
 def _made(bell: Callable[[], Bell]) -> Bell:
@@ -113,11 +136,9 @@ def _made(bell: Callable[[], Bell]) -> Bell:
         return Bell()
 
 
-def _come_out(known: weakref.ref[Bell]) -> None:
-    bell = known()
-    if bell is not None:
-        with _entering:
-            _waiting.discard(bell)
+def _come_out(place: _Place) -> None:
+    with _entering:
+        _waiting.discard(place)
 
 
 def _runs_a_loop() -> bool:
@@ -140,15 +161,8 @@ def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
 
 
 def _claim(effect: Claim) -> bool | StoreFailed:
-    failure = effect.store.failure
-    if failure is not None:
-        return StoreFailed(failure, sent=False)
-    try:
-        return bool(effect.store.claim(effect.slots))
-    except (ImproperlyConfigured, NotImplementedError):
-        raise
-    except Exception as error:
-        return StoreFailed(error)
+    wrong = (ImproperlyConfigured, NotImplementedError)
+    return _asked(effect.store, effect.store.claim, effect.slots, raises=wrong)
 
 
 def _load_user(effect: LoadUser) -> None:
@@ -172,33 +186,30 @@ def _notify(effect: Notify) -> None:
 
 
 async def _atake(effect: Take) -> TakeReply | StoreFailed:
-    store, slots = effect.store, effect.slots
-    failure = store.failure
-    if failure is not None:
-        return StoreFailed(failure, sent=False)
-    try:
-        if store.cancel_safe:
-            return await store.atake(slots)  # type: ignore[no-any-return]  # a Store is typed where it is made
-        return await _whole(store, slots, store.atake(slots))
-    except Exception as error:
-        return StoreFailed(error)
+    return await _aasked(effect.store, effect.store.atake, effect.slots)
 
 
 async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
-    failure = effect.store.failure
-    if failure is not None:
-        return StoreFailed(failure, sent=False)
-    store = effect.store
+    return await _aasked(effect.store, effect.store.aqueue, effect.slots, effect.most, effect.bell)
+
+
+async def _aasked(
+    store: Any, method: Callable[..., Coroutine[Any, Any, T]], slots: Sequence[Slot], *more: Any
+) -> T | StoreFailed:
+    failed = _known(store)
+    if failed is not None:
+        return failed
     try:
         if store.cancel_safe:
-            return await store.aqueue(effect.slots, effect.most, effect.bell)  # type: ignore[no-any-return]  # as above
-        return await _whole(store, effect.slots, store.aqueue(effect.slots, effect.most, effect.bell))
+            return await method(slots, *more)
+        return await _whole(store, slots, method(slots, *more))
     except Exception as error:
         return StoreFailed(error)
 
 
-async def _aenter(effect: Enter) -> Bell | None:
-    return _made(effect.store.abell)
+async def _aenter(effect: Enter) -> Bell | Reason:
+    """A coroutine that waits keeps nobody else from going on, but where there is nobody else."""
+    return _counted(effect.threads, effect.store.abell) if effect.private_loop else _made(effect.store.abell)
 
 
 async def _await(effect: Wait) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .bells import Bell
-from .outcomes import QueueReply, Slot, StoreFailed, TakeReply
+from .outcomes import QueueReply, Reason, Slot, StoreFailed, TakeReply
 
 if TYPE_CHECKING:
     from django.dispatch import Signal
@@ -77,14 +77,16 @@ class Notify(Effect[None]):
 
 
 @dataclass(slots=True, eq=False)
-class Enter(Effect[Bell | None]):
-    """May this request wait for a slot? The answer is what will wake it, to be closed by whoever asked; None: no.
+class Enter(Effect[Bell | Reason]):
+    """May this request wait for a slot? The answer is what will wake it, to be closed by whoever asked; or why not.
 
-    `threads` is how many threads of this process may wait at once.
+    `threads` is how many threads of this process may wait at once. `private_loop`: an event loop here serves this request
+    alone, and so keeps a thread.
     """
 
     store: Any
     threads: int
+    private_loop: bool = False
 
 
 @dataclass(slots=True, eq=False)

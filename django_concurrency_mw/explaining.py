@@ -158,6 +158,8 @@ class _Look:
     rejection: Rejection | None = None
     notes: list[str] = field(default_factory=list)
     waits: float = 0.0
+    #: Where something is held, by the ids of the stores.
+    stores: set[int] = field(default_factory=set)
     _held: set[tuple[str, bytes]] = field(default_factory=set)
     #: Policy -> what is in flight, how many stand in its line, and at which place the request would stand there.
     _counts: dict[str, int] = field(default_factory=dict)
@@ -209,6 +211,8 @@ class _Look:
             )
             if self.rejection is None and (state in ("held", "local") or not policy.block):
                 self._held.add(_semaphore(entry))
+            if self.rejection is None and state in ("held", "local"):
+                self.stores.add(id(stores[policy.backend]))
         applied = {entry.policy for entry in asking}
         self.skipped += [
             Finding(policy, taken_by, resolver.reasons.get(policy, "")) for policy in policies if policy not in applied
@@ -365,6 +369,10 @@ class _Nothing:
     def expects(self, slots: Sequence[Slot]) -> bool:
         """Nobody waits."""
         return True
+
+    def holds_elsewhere(self, store: Any) -> bool:
+        """What the request would hold by then."""
+        return bool(self._look.stores - {id(store)})
 
     def wake_by(self, bell: Bell) -> None:
         """Nobody waits."""

@@ -598,7 +598,7 @@ _ROWS = (
     Field(
         "max_waiting",
         _max_waiting,
-        "How many may stand in line for one key; one more is rejected at once.",
+        "How many may stand in line for one key; one more is rejected at once. Without `wait` nobody does.",
         _COUNT,
         default=100,
     ),

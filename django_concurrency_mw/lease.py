@@ -116,6 +116,10 @@ class Lease:
         """Has nobody given them back yet?"""
         return bool(self._of(slots))
 
+    def holds_elsewhere(self, store: Any) -> bool:
+        """Is something held, or in the course of being taken, in another store?"""
+        return any(held.store is not store for held in list(self._held))
+
     def wake_by(self, bell: Bell) -> None:
         """This is to ring when it is given up, until it is closed."""
         self._bells += (bell,)

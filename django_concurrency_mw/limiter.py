@@ -137,8 +137,9 @@ def decide(
         return None
     known, fresh = _known(lease, asking)
     token = new_token()
+    threads, private_loop = _threads(request, config), _is_of_a_thread(request)
     verdict = yield from _watched(
-        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, _threads(request, config))
+        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, threads, private_loop)
     )
     if verdict.rejected_by is not None:
         yield from lease.steps_to_give(token)
@@ -167,6 +168,12 @@ def admit_outside(entry: Asked, lease: Lease, config: Config) -> Steps[Verdict]:
 def _threads(request: HttpRequest, config: Config) -> int | None:
     """How many may wait; nobody where one thread serves all, as nobody could give a slot back meanwhile."""
     return config.max_sync_waiters if request.META.get("wsgi.multithread", True) else None
+
+
+def _is_of_a_thread(request: HttpRequest) -> bool:
+    """Does a thread of a WSGI server answer it, also where the view is a coroutine? (`wsgi.multithread` is in those of ASGI
+    too.)"""
+    return "wsgi.version" in request.META
 
 
 def conclude(request: HttpRequest, response: object, lease: Lease) -> None:

@@ -49,18 +49,27 @@ class Waited:
 
 
 def wait(
-    store: Any, group: Sequence[Asked], slots: tuple[Slot, ...], full: Full, lease: Waiting, threads: int
+    store: Any,
+    group: Sequence[Asked],
+    slots: tuple[Slot, ...],
+    full: Full,
+    lease: Waiting,
+    threads: int,
+    private_loop: bool = False,
 ) -> Steps[Waited]:
-    """Wait for these slots, of which some were found full. As long as the shortest `wait` of those that are full allows."""
+    """Wait for these slots, of which some were found full. As long as the shortest `wait` of those that are full allows.
+
+    `threads` and `private_loop`: see `Enter`.
+    """
     waits = [entry.policy.wait if entry.limit != 0 else 0.0 for entry in group]
     began = asked = monotonic()
     until = began + _shortest(waits, full)
     if until <= began or lease.given_up:
         return Waited(full)
     first = group[full.full.index(True)].policy
-    bell = yield from Enter(store, threads)
-    if bell is None:
-        return Waited(full, "queue_full", 0.0, pace.retry_after(first, 1))
+    bell = yield from Enter(store, threads, private_loop)
+    if not isinstance(bell, Bell):
+        return Waited(full, bell, 0.0, pace.retry_after(first, 1) if bell == "queue_full" else None)
     most = tuple([entry.policy.max_waiting if seconds else None for entry, seconds in zip(group, waits, strict=True)])
     nobody = (None,) * len(slots)
     joined = moved_from = 0

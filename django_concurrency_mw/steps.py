@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .bells import Bell
 from .effects import Give, Steps, Take
 from .outcomes import (
     UNLIMITED,
@@ -31,7 +30,7 @@ from .outcomes import (
     TakeReply,
     Verdict,
 )
-from .queueing import Waited, wait
+from .queueing import Waited, Waiting, wait
 
 if TYPE_CHECKING:
     from .policies import Policy
@@ -49,7 +48,7 @@ class Store(Protocol):
     def is_local(self) -> bool: ...
 
 
-class Ledger(Protocol):
+class Ledger(Waiting, Protocol):
     """The lease, as the steps see it."""
 
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
@@ -59,18 +58,8 @@ class Ledger(Protocol):
         """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
         take may have overtaken."""
 
-    def expects(self, slots: Sequence[Slot]) -> bool:
-        """See `queueing.Waiting`."""
-
-    @property
-    def given_up(self) -> bool:
-        """See `queueing.Waiting`."""
-
-    def wake_by(self, bell: Bell) -> None:
-        """See `queueing.Waiting`."""
-
-    def begin_anew(self, slots: Sequence[Slot], since: float) -> None:
-        """See `queueing.Waiting`."""
+    def holds_elsewhere(self, store: Any) -> bool:
+        """Is something held, or in the course of being taken, in another store?"""
 
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed, so nobody knows whether they are held: they have to be given back all the same."""
@@ -108,11 +97,13 @@ def acquire(
     path: str,
     on_error: OnError,
     threads: int | None = None,
+    private_loop: bool = False,
 ) -> Steps[Verdict]:
     """Take what the policies ask for, or find out why not. `stores` maps a policy's `backend` to its store.
 
     `on_error` is the setting; a policy's own `on_backend_error` goes before it. `threads` is how many threads of this process
-    may wait at once; None: nobody may wait here. On a rejection the caller gives back what the lease got in this call.
+    may wait at once; None: nobody may wait here. `private_loop`: see `Enter`. On a rejection the caller gives back what the
+    lease got in this call.
     """
     account = _Account({}, {})
     wanted: list[Asked] = []
@@ -134,7 +125,7 @@ def acquire(
         return _rejected(asked, account, "cost_above_limit", hopeless, ())
     fields: list[LimitField] = []
     waited = Waited(Taken((), ()))
-    # Whoever holds a slot of one store does not wait for one of another.
+    # Whoever holds a slot of one store, from this step or from an earlier one, does not wait for one of another.
     may_wait = len({id(stores[entry.policy.backend]) for entry in wanted}) == 1
     for store, group in _rounds(wanted, stores):
         slots = tuple(
@@ -155,8 +146,8 @@ def acquire(
         lease.expect(store, policies, slots)
         reply = yield from Take(store, slots)
         waited = Waited(reply)
-        if isinstance(reply, Full) and may_wait and threads is not None:
-            waited = yield from wait(store, group, slots, reply, lease, threads)
+        if isinstance(reply, Full) and may_wait and threads is not None and not lease.holds_elsewhere(store):
+            waited = yield from wait(store, group, slots, reply, lease, threads, private_loop)
             reply = waited.reply
         if isinstance(reply, StoreFailed):
             failed(lease, slots, reply, in_doubt=waited.in_doubt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -242,6 +243,31 @@ def test_w024_does_not_count_what_a_decorator_replaces(limits: Limits, waits: bo
     limits({"policies": {"p": p, "q": q}}, BACKENDS=TWO_STORES)
     _use_urls([path("a/", decorated, name="a")])
     assert ("W024" in ids()) == fires
+
+
+@concurrency_limit(policy="outer", wait=2)
+@concurrency_limit(policy="inner", wait=2)
+def twice(request: HttpRequest) -> HttpResponse:
+    return HttpResponse()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"methods": ["GET"]}, {"outer": "p", "inner": "outer"}),
+        ({"backend": "far", "wait": 3}, {"inner": "p, outer"}),
+        ({"url_names": ["b"]}, {"inner": "outer"}),
+    ],
+    ids=str,
+)
+def test_w024_is_about_decorators_too(limits: Limits, fields: dict[str, Any], told: dict[str, str]) -> None:
+    """Whatever is asked further in does not wait while something of another store is held from further out."""
+    common = {"key": "global", "max_concurrent": 1}
+    p = {**common, "url_names": ["a"], "overridable": False, **fields}
+    limits({"policies": {"p": p, "outer": {**common, "backend": "far"}, "inner": common}}, BACKENDS=TWO_STORES)
+    _use_urls([path("a/", twice, name="a"), path("b/", page, name="b")])
+    messages = [one.msg for one in found() if one.id == "django_concurrency_mw.W024"]
+    assert dict(re.findall(r"policy (\w+) has .* for (.*): such .* Views: a\.$", "\n".join(messages), re.M)) == told
 
 
 def test_w024_is_silent_about_a_store_that_cannot_be_used(limits: Limits) -> None:

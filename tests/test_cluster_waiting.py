@@ -82,6 +82,7 @@ def test_when_the_slot_has_moved_who_waits_is_told_at_the_new_node(
     move.finish()
     assert isinstance(asks(half, second), Queued)  # it is by this that its process learns of it
     assert wait_until(lambda: listens_at(store, move.target))
+    assert isinstance(first.ask(), Queued)  # as it is rung for then: until its process listened there it was passed over
     assert places(store) == {first.slots[0].token: 1, second.slots[0].token: 2}
     for one, other in ((holder, first), (first, second)):
         other.bell.wait(0)
@@ -120,8 +121,15 @@ def test_while_it_moves_nobody_joins_a_line_and_who_asks_first_has_what_is_free(
 
 @pytest.mark.parametrize("half", HALVES)
 def test_who_was_let_in_while_it_moved_leaves_the_line_afterwards(
-    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str, half: str
+    redis_cluster: RedisCluster,
+    store: RedisBackend,
+    client: Make,
+    prefix: str,
+    half: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    strays: list[str] = []
+    monkeypatch.setattr(store._ear, "_stray", strays.append)
     holder, first, second = client("a"), client("a", ttl=60), client("a")
     holder.ask()
     for one in (first, second):
@@ -130,18 +138,21 @@ def test_who_was_let_in_while_it_moved_leaves_the_line_afterwards(
     holder.give()
     try:
         assert wait_until(lambda: isinstance(asks(half, first), Taken))
+        first.bell.close()
     finally:
         move.all_keys()
         move.finish()
     assert isinstance(second.ask(), Queued)
     assert wait_until(lambda: listens_at(store, move.target))
     second.ask()
+    assert places(store) == {second.slots[0].token: 1}
     (held,) = store.snapshot()
     assert held.token == first.slots[0].token
     assert held.lease_left > 30, "its lease has been cut to that of one who is let in"
     second.bell.wait(0)
     first.give()
     assert wait_until(second.holds)
+    assert strays == [], "it was called once more, as if what it holds were to be taken back"
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -189,6 +200,38 @@ def test_nobody_is_let_in_by_others_where_a_semaphore_may_be_missing(
     assert isinstance(both.ask(), Queued)
     other.give()
     assert wait_until(lambda: isinstance(both.ask(), Taken))
+
+
+def test_while_it_moves_nobody_comes_back_and_nothing_is_taken_back(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str
+) -> None:
+    """Those who were passed over have their places afterwards, and who knows nothing of its slot loses it by its lease."""
+    holder, gone, deaf, behind = [client("a") for _ in range(4)]
+    for one in (holder, gone):
+        one.ask()
+    ask_from_the_grave(deaf)
+    assert isinstance(behind.ask(), Queued)
+    holder.give()
+    gone.hear()
+    deaf.ask()
+    ask_from_the_grave(deaf)
+    behind.ask()
+    move = redis_cluster.begin_move(prefix)
+    before = set(move.left())
+    try:
+        for key in [*before, b""]:
+            for one in (deaf, behind):
+                assert isinstance(one.ask(), Queued)
+            store._lines.tell([store._keys.back(gone.token.encode())])
+            assert gone.holds()
+            assert set(move.left()) <= before
+            if key:
+                move.key(key)
+        assert move.left() == []
+    finally:
+        move.all_keys()
+        move.finish()
+    assert isinstance(deaf.ask(), Queued)
 
 
 def test_moving_to_and_fro_under_a_load_that_waits(

@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
@@ -24,15 +27,17 @@ from django.core.management.base import CommandError
 from django.http import HttpRequest
 from django.test import override_settings
 
-from django_concurrency_mw import conf, hold
+from django_concurrency_mw import conf, decorated, hold
 from django_concurrency_mw.backends import get_backend
 from django_concurrency_mw.backends.base import Holder
 from django_concurrency_mw.chain import AUTHENTICATION, SESSION
 from django_concurrency_mw.console import SUBCOMMANDS, output
 from django_concurrency_mw.decorated import leases, policies_in_use
 from django_concurrency_mw.exceptions import PermanentBackendError
-from django_concurrency_mw.keys import masked
+from django_concurrency_mw.keys import make_key, masked
+from django_concurrency_mw.outcomes import Queued, Slot, Taken
 from django_concurrency_mw.testing import hold_slots
+from django_concurrency_mw.tokens import new_token
 
 from .conftest import Run
 from .queued import PATH, WAITING, standing
@@ -69,6 +74,13 @@ def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decorators of other tests, which ask this one's store for what it has not, are not there."""
+    ours = WeakSet(limit for limit in decorated.limits if "urls.py:" in limit.place)
+    monkeypatch.setattr(decorated, "limits", ours)
 
 
 def raises(request: HttpRequest) -> bool:
@@ -448,6 +460,33 @@ class TestLines:
         ), text
         assert "user:7" not in text
         assert re.search(r"^ *a +user:7 +1 +", command("holders", "--show-keys")[1], re.MULTILINE)
+
+    def test_one_who_is_let_in_between_the_two_looks_is_seen_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And holds then: whatever is looked at first."""
+        store = get_backend("default", conf.current().backends)
+        asked = Slot("c", make_key("global"), 1, 60.0, new_token(), waits=True)
+        bell = store.bell()
+        full = ExitStack()
+        full.enter_context(hold_slots("c"))
+        assert isinstance(store.queue((asked,), (5,), bell), Queued)
+        looks: list[str] = []
+        inner = {name: getattr(store, name) for name in ("waiters", "snapshot")}
+
+        def look(name: str) -> Any:
+            seen = inner[name]()
+            looks.append(name)
+            if len(looks) == 1:
+                full.close()
+                assert wait_until(lambda: isinstance(store.queue((asked,), (5,), bell), Taken))
+            return seen
+
+        for name in inner:
+            monkeypatch.setattr(store, name, partial(look, name))
+        found = document("holders", "--policy", "c")[1]
+        assert [[one["token"] for one in found[part]] for part in ("holders", "waiting")] == [[asked.token], []]
+        assert set(looks) == set(inner)
+        store.give((asked,))
+        bell.close()
 
     def test_the_filters_are_for_them_too(self) -> None:
         assert [one["policy"] for one in document("holders", "--policy", "b")[1]["waiting"]] == ["b"]

@@ -21,10 +21,13 @@ from rest_framework.authtoken.models import Token
 from django_concurrency_mw import concurrency_limit, conf, pace
 from django_concurrency_mw.backends import BaseBackend, get_backend
 from django_concurrency_mw.explaining import Explanation, Finding, explain
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Slot, Taken
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.routes import routes
 from django_concurrency_mw.signals import slot_acquired
 from django_concurrency_mw.testing import hold_slots
+from django_concurrency_mw.tokens import new_token
 
 from .queued import WAITING, standing
 from .support import OURS, Limits, backend_entry, named, nothing_held, wait_until
@@ -341,3 +344,22 @@ def test_what_is_taken_further_in_is_seen_as_it_would_be_then(limits: Limits, li
         found = explain(request, conf.current())
         assert [(one.policy.name, one.place) for one in applied(found)] == [("outer", 1), ("inner", 1)]
         assert found.waits == 7
+
+
+def test_one_who_would_hold_a_slot_of_another_store_by_then_is_said_not_to_wait(limits: Limits) -> None:
+    outer = {"url_names": ["*"], "key": "global", "max_concurrent": 1, "overridable": False}
+    stores = {"default": {"BACKEND": "memory"}, "far": {"BACKEND": "memory", "KEY_PREFIX": "far"}}
+    limits({"policies": {"outer": outer}}, middleware=[OURS], BACKENDS=stores)
+    request = RequestFactory().get("/told/")
+    request.resolver_match = resolve("/told/")
+    view = request.resolver_match.func
+    for backend, waits in (("far", 0), ("default", 2)):
+        limit = concurrency_limit(name="inner", key="global", max_concurrent=1, wait=2, backend=backend)
+        request.resolver_match.func = limit(view)
+        store = get_backend(backend, conf.current().backends)
+        slot = Slot("inner", make_key("global"), 1, 60.0, new_token())
+        assert isinstance(store.take((slot,)), Taken)
+        found = explain(request, conf.current())
+        assert found.waits == waits
+        assert (found.rejection is None) == bool(waits)
+        store.give((slot,))

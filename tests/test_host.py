@@ -313,6 +313,16 @@ class TestRestoring:
         store.snapshot()
         assert held_by_state(opened(store)) == {}
 
+    def test_or_with_its_holder_who_gives_back_or_takes_again(self, store: HostBackend, other: HostBackend) -> None:
+        evicted = slot(token="evicted")
+        store.take([evicted])
+        other.evict("evicted")
+        assert store.take([evicted]) == Taken((True,), (1,))
+        assert held_by_state(opened(store)) == {layout.HELD: 1}
+        other.evict("evicted")
+        assert list(store.give([evicted])) == [False]
+        assert held_by_state(opened(store)) == {}
+
 
 class TestText:
     def test_holders_say_what_people_want_to_know(self, store: HostBackend, other: HostBackend, clock: Clock) -> None:

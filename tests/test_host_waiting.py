@@ -16,14 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, monotonic_ns
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from django_concurrency_mw.backends import BackendConfig
-from django_concurrency_mw.backends.host import bells, lines, ours
+from django_concurrency_mw.backends.host import access, bells, ours, watch
 from django_concurrency_mw.backends.host.layout import ASKED, HELD, QUEUED, Header
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.host.table import Table
@@ -183,7 +183,7 @@ class TestProcesses:
             kill(pid)
         reply = second.ask()
         again = reply.again if isinstance(reply, Queued) else 0
-        assert again <= lines.FIRST_ASKS
+        assert again <= 0.5
         assert wait_until(lambda: isinstance(second.ask(), Taken))
         second.give()
 
@@ -408,6 +408,82 @@ def _known(client: Client) -> tuple[str, str, bytes]:
     return slot.token, slot.policy, slot.key.digest
 
 
+class Clock:
+    """What time it is for the table (monotonic ns)."""
+
+    def __init__(self) -> None:
+        self.now = (monotonic_ns() // watch.TURN + 1) * watch.TURN
+
+    def __call__(self) -> int:
+        return self.now
+
+    def goes_on(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(access, "monotonic_ns", clock)
+    return clock
+
+
+def asks(client: Client) -> float:
+    """And is told in how many seconds to do so again."""
+    reply = client.ask()
+    assert isinstance(reply, Queued)
+    return reply.again
+
+
+class TestWhatNobodyTellsOf:
+    """That a process was killed, or a lease has ended."""
+
+    def test_one_of_each_process_looks_for_all(self, store: HostBackend, other: HostBackend, clock: Clock) -> None:
+        """Ten times a second, one after the other. All others seldom ask, though each be the first in its line."""
+        pairs = [
+            (Client(one, name), Client(one, name))
+            for one, policy in ((store, "a"), (other, "b"))
+            for name in [f"{policy}{number}" for number in range(60)]
+        ]
+        for holder, _ in pairs:
+            holder.ask()
+        again = [asks(waiter) for _, waiter in pairs]
+        for answers, late in ((again[:60], 0.0), (again[60:], watch.APART / 1e9)):
+            late = (0.15 - late) % 0.1 - 0.05  # between this turn and the next one
+            assert answers[:2] == pytest.approx([0.1 + late, 0.2 + late])
+            assert 0.15 < min(answers[2:]) <= max(answers[2:]) <= 1.0
+        assert max(again[:20]) <= 0.3, "where few wait, the first of a line looks for what its giver left"
+        assert sum(1 / seconds for seconds in again[60:]) < 250
+        for pair in reversed(pairs):
+            for one in pair:
+                one.give()
+                one.bell.close()
+
+    def test_the_turn_of_one_who_leaves_is_the_next_ones(self, store: HostBackend, clock: Clock) -> None:
+        holder, first, second, third = (Client(store, "a") for _ in range(4))
+        holder.ask()
+        assert [asks(one) for one in (first, second, third)] == pytest.approx([0.1, 0.2, 0.3])
+        holder.give()  # to the first one
+        assert asks(third) == pytest.approx(0.1)
+        assert asks(second) == pytest.approx(0.2), "it keeps its own"
+        clock.goes_on(0.101)
+        assert asks(third) == pytest.approx(0.199)
+        clock.goes_on(0.099 - 0.004)
+        assert asks(second) == pytest.approx(0.204), "its timer was early, and the next turn is another one's"
+        for one in (third, second, first):
+            one.give()
+
+    def test_one_who_waits_alone_looks_ten_times_a_second(self, store: HostBackend, clock: Clock) -> None:
+        holder, waiter = Client(store, "a"), Client(store, "a")
+        holder.ask()
+        for _ in range(20):
+            again = asks(waiter)
+            assert 0.05 < again <= 0.15
+            clock.goes_on(again + 0.003)
+        waiter.give()
+        holder.give()
+
+
 class TestBells:
     def test_whose_datagram_is_lost_asks_soon(self, store: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         sent: list[int] = []
@@ -420,7 +496,7 @@ class TestBells:
         assert isinstance(reply, Queued)
         waiter.bell.wait(reply.again)
         assert isinstance(waiter.ask(), Taken)
-        assert reply.again <= lines.FIRST_ASKS
+        assert reply.again <= 0.5
         waiter.give()
 
     def test_a_burst_wakes_all_coroutines_though_most_of_it_is_lost(self, store: HostBackend) -> None:
@@ -447,9 +523,12 @@ class TestBells:
 
         assert asyncio.run(main()) == [[HELD]] * 60
 
-    def test_only_whose_turn_it_is_wakes_up(self, store: HostBackend) -> None:
+    @pytest.mark.parametrize("lines", ["a", "ab"])
+    def test_only_whose_turn_it_is_wakes_up(self, store: HostBackend, lines: str) -> None:
+        """Of those who stand in several lines, too."""
+
         async def main() -> tuple[bool, bool]:
-            holder, first, second = (Client(store, "a") for _ in range(3))
+            holder, first, second = (Client(store, *lines) for _ in range(3))
             holder.ask()
             waits = []
             for one in (first, second):
@@ -460,6 +539,7 @@ class TestBells:
             await asyncio.sleep(0)
             await store.agive(holder.slots)
             await asyncio.wait_for(waits[0], 20)
+            await asyncio.sleep(0)
             woken = (waits[0].done(), waits[1].done())
             waits[1].cancel()
             for one in (first, second):
@@ -468,6 +548,28 @@ class TestBells:
             return woken
 
         assert asyncio.run(main()) == (True, False)
+
+    def test_who_has_left_one_of_its_lines_wakes_up(self, store: HostBackend) -> None:
+        """It was its turn there, and it could not use that: it has to ask for its place."""
+
+        async def main() -> list[int]:
+            of_a, of_b, both = Client(store, "a"), Client(store, "b"), Client(store, "a", "b")
+            both.bell.close()
+            both.bell = store.abell()
+            of_a.ask()
+            of_b.ask()
+            both.ask()
+            waits = asyncio.ensure_future(both.bell.await_(60))
+            await asyncio.sleep(0)
+            await store.agive(of_b.slots)
+            await asyncio.wait_for(waits, 20)
+            found = states(both)
+            both.bell.close()
+            for one in (both, of_a):
+                one.give()
+            return found
+
+        assert asyncio.run(main()) == [QUEUED, ASKED]
 
     def test_a_loop_hears_of_it_after_a_fork(self, store: HostBackend) -> None:
         """The child closes what it was left, and the parent's loop goes on to hear."""

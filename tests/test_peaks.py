@@ -76,6 +76,22 @@ def slot(
     return Slot(policy, make_key(key), limit, ttl, token or new_token(), True, "/path/", cost)
 
 
+def calls_about(store: BaseBackend, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """In how many seconds the keeper was asked to call back about this store, which it does not do. It goes on with all that
+    is not about it: stores and leases of other tests may be alive."""
+    asked: list[float] = []
+    at = keeper.at
+
+    def listen(seconds: float, call: Any) -> None:
+        if getattr(call, "args", None) == (id(store),):
+            asked.append(seconds)
+        else:
+            at(seconds, call)
+
+    monkeypatch.setattr(keeper, "at", listen)
+    return asked
+
+
 def note(store: BaseBackend) -> None:
     """As the keeper does it, now."""
     with keeper.at_work():
@@ -278,8 +294,7 @@ class TestSeen:
 
     def test_a_window_has_one_note(self, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
         store = MemoryBackend(BackendConfig("default", "memory"))
-        asked: list[float] = []
-        monkeypatch.setattr(keeper, "at", lambda seconds, call: asked.append(seconds))
+        asked = calls_about(store, monkeypatch)
         for count in (1, 2, 5, 3):
             peaks.seen(store, (slot("a"), slot("b")), (count, count + 1))
         assert asked == [NEVER]
@@ -353,8 +368,7 @@ class TestAStoreThatFails:
     def test_is_left_alone_while_it_is_known_to(self, dead: Dead, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peaks, "NOTE_EVERY", 0.02)
         dead.dead, dead.failure = False, BackendError("away")
-        asked: list[float] = []
-        monkeypatch.setattr(keeper, "at", lambda seconds, call: asked.append(seconds))
+        asked = calls_about(dead, monkeypatch)
         peaks.seen(dead, (slot(),), (4,))
         note(dead)
         assert dead.asked == 0

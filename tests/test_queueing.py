@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import count
 from queue import SimpleQueue
 from time import monotonic, sleep
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -116,11 +117,16 @@ class Line:
         self._others: list[Faulty] = []
 
     def steps(
-        self, *entries: Asked | KeyMissing, lease: Lease, on_error: OnError = "local", threads: int | None = 16
+        self,
+        *entries: Asked | KeyMissing,
+        lease: Lease,
+        on_error: OnError = "local",
+        threads: int | None = 16,
+        private_loop: bool = False,
     ) -> Steps[Verdict]:
         token = new_token()
         stores = {"near": self.store, **{f"other{n}": store for n, store in enumerate(self._others)}}
-        verdict = yield from acquire(entries, stores, lease, token, "/", on_error, threads)
+        verdict = yield from acquire(entries, stores, lease, token, "/", on_error, threads, private_loop)
         if verdict.rejected_by is not None:
             yield from lease.steps_to_give(token)
         return verdict
@@ -312,6 +318,53 @@ def test_a_request_with_policies_on_several_stores_never_waits(memory_line: Line
     assert memory_line.store.queued == 0
 
 
+def test_a_request_that_holds_a_slot_of_another_store_from_further_out_does_not_wait_either(
+    line: Line, request: Any
+) -> None:
+    line.another(BACKENDS["memory"](request))
+    full = line.holds(asked("a"))
+    for further_out in (asked("c", backend="other0"), asked("c", backend="other0", block=False)):
+        outer = line.holds(further_out)
+        verdict = line.ask(asked("a", wait=LONGER), lease=outer)
+        assert (reason(verdict), verdict.concurrency.waited) == ("full", 0.0)
+        line.drive(outer.steps_to_give())
+    assert line.store.queued == 0
+    for lease in (outer, line.holds(asked("b"))):  # nothing any more, and something in the same store
+        waiting = line.waits(asked("a", wait=LONGER), lease=lease)
+        line.drive(full.steps_to_give())
+        assert waiting.result(15).rejected_by is None
+        full = lease
+
+
+def test_who_waits_keeps_the_limit_it_asked_with_and_a_newcomer_stands_behind(threads_line: Line) -> None:
+    """After a raise nobody of the line is asked anew, and who has the new limit comes in when it is first."""
+    line = threads_line
+    holder = line.holds(asked("a", 1))
+    first, second = (line.waits(asked("a", 1, wait=LONGER)) for _ in range(2))
+    newcomers = [line.waits(asked("a", 3, wait=LONGER)) for _ in range(2)]
+    line.drive(holder.steps_to_give())
+    assert first.result(15).rejected_by is None
+    assert not any(one.done() for one in (second, *newcomers))
+    assert line.in_line() == 3
+    first.result().concurrency.release()
+    assert all(one.result(15).rejected_by is None for one in (second, *newcomers))
+    assert line.held() == ["a"] * 3
+
+
+def test_after_a_cut_those_in_line_come_in_by_the_old_limit(threads_line: Line) -> None:
+    line = threads_line
+    holder = line.holds(asked("a", 2))
+    other = line.holds(asked("a", 2))
+    waiting, newcomer = line.waits(asked("a", 2, wait=LONGER)), line.waits(asked("a", 1, wait=LONGER))
+    line.drive(holder.steps_to_give())
+    assert waiting.result(15).rejected_by is None
+    line.drive(other.steps_to_give())
+    assert not newcomer.done()
+    assert (line.held(), line.in_line()) == (["a"], 1)
+    waiting.result().concurrency.release()
+    assert newcomer.result(15).rejected_by is None
+
+
 # -- the line is bounded --------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +401,26 @@ def test_of_threads_so_many_may_wait_and_of_coroutines_any_number(memory_line: L
         assert memory_line.in_line() == 3
 
 
+def test_a_coroutine_counts_where_its_loop_keeps_a_thread(line: Line) -> None:
+    line.holds(asked("a"))
+    waiting = line.waits(asked("a", wait=LONGER), threads=1, private_loop=True)
+    verdict = line.ask(asked("a", wait=LONGER), threads=1, private_loop=True)
+    assert (reason(verdict), verdict.concurrency.waited) == ("queue_full", 0.0)
+    line.leases[-2].give_up()
+    waiting.result(15)
+    assert reason(line.ask(asked("a", wait=0.01), threads=1, private_loop=True)) == "wait_timeout"
+
+
+def test_where_no_more_may_wait_no_bell_is_made(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may cost a socket."""
+    line.holds(asked("a"))
+    made: list[str] = []
+    for name in ("bell", "abell"):
+        monkeypatch.setattr(line.store, name, lambda: made.append("one"))
+    assert reason(line.ask(asked("a", wait=LONGER), threads=0, private_loop=True)) == "queue_full"
+    assert made == []
+
+
 def test_no_thread_may_wait_where_the_setting_is_0(memory_line: Line) -> None:
     memory_line.holds(asked("a"))
     verdict = memory_line.ask(asked("a", wait=0.01), threads=0)
@@ -376,7 +449,7 @@ class TestAPlaceIsGivenBack:
         assert self.may_wait(full)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, GeneratorExit])
-    @pytest.mark.parametrize("where", ["bell", "queue", "enter"])
+    @pytest.mark.parametrize("where", ["bell", "queue", "enter", "made"])
     def test_after_whatever_comes_in_the_middle(
         self, full: Line, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], where: str
     ) -> None:
@@ -387,6 +460,8 @@ class TestAPlaceIsGivenBack:
             full.store.failing, full.store.error = {1: "after"}, error("in the middle")
         elif where == "bell":
             monkeypatch.setattr(Bell, "wait", raises)
+        elif where == "made":
+            monkeypatch.setattr(full.store, "bell", lambda: SimpleNamespace(at_close=raises))
         else:
             # A signal's handler, say, just when the place was taken.
             enter = drivers._enter
@@ -426,7 +501,7 @@ def test_a_thread_that_runs_an_event_loop_does_not_wait(memory_line: Line) -> No
         return drivers.run(memory_line.steps(asked("a", wait=LONGER), lease=Lease()))
 
     verdict = asyncio.run(main())
-    assert (reason(verdict), verdict.concurrency.waited) == ("queue_full", 0.0)
+    assert (reason(verdict), verdict.concurrency.waited) == ("full", 0.0), "as `wait` were 0"
 
 
 # -- what it holds meanwhile --------------------------------------------------------------------------------------------

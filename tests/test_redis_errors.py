@@ -386,7 +386,11 @@ class TestOneKeyOfAnotherType:
         told: list[bool],
         prefix: str,
         caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(
+            "django_concurrency_mw.lease.REGISTER_AFTER", NEVER
+        )  # what cannot be registered is an error of its own
         store = made(server.url)
         assert site.state(store) == "held"
         self.spoil(server, store)

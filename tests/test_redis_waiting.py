@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -23,8 +24,11 @@ from redis.exceptions import ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import wire
+from django_concurrency_mw.backends.redis.listening import Ear
 from django_concurrency_mw.backends.redis.store import RedisBackend
-from django_concurrency_mw.outcomes import Full, LineFull, Queued, Taken
+from django_concurrency_mw.keeper import keeper
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Full, LineFull, Queued, QueueReply, Taken
 from django_concurrency_mw.tokens import new_token, process_id, process_of
 
 from .redis_server import RedisServer
@@ -104,6 +108,14 @@ def without_wait(one: Client) -> Client:
     return one
 
 
+def ask_from_the_grave(one: Client, process: str = "dead") -> None:
+    """As a process did that listens no more."""
+    assert isinstance(one.store, RedisBackend)
+    keys = one.store._keys
+    ask = partial(keys.queue, one.slots, one.most, keys.channel(process))
+    one.store._call(ask(), (), partial(ask, whole=True))
+
+
 def ears() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "concurrency-ear"}
 
@@ -179,6 +191,21 @@ class TestPackets:
         holder.give()
         assert wait_until(waiter.holds), "the line may be younger than the slot"
 
+    def test_so_does_who_has_claimed_its_slot(self, store: RedisBackend, client: Make) -> None:
+        first, heir = without_wait(client("c")), without_wait(client("c"))
+        first.take()
+        assert store.claim([*zip(first.slots, heir.slots, strict=True)])
+        assert len(store._keys.give(heir.slots)) == 1, "nobody has ever waited here"
+        once, holder, waiter, next_one = client("a"), without_wait(client("a")), client("a"), without_wait(client("a"))
+        once.take()
+        once.give()
+        settled(store)
+        holder.take()
+        assert isinstance(waiter.ask(), Queued)
+        assert store.claim([*zip(holder.slots, next_one.slots, strict=True)])
+        next_one.give()
+        assert wait_until(waiter.holds)
+
     def test_that_is_forgotten_a_while_after_the_last(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
     ) -> None:
@@ -192,6 +219,24 @@ class TestPackets:
             server.delete(mark)
         holder.take()
         assert len(store._keys.give(holder.slots)) == 1
+
+    def test_clients_that_have_gone_leave_nothing_behind(
+        self, store: RedisBackend, client: Make, redis_server: RedisServer
+    ) -> None:
+        """There may be millions of them, each with a key of its own."""
+
+        def kept() -> set[bytes]:
+            settled(store)
+            with redis_server.client() as server:
+                names = set(server.scan_iter(store._keys.prefix + b"*"))
+            return names - {store._keys.peaks, store._keys.process(process_id())}
+
+        for number in range(3):
+            one = client("a", ttl=3600)
+            one.slots = (replace(one.slots[0], key=make_key(f"ip:{number}"), memo=[]),)
+            one.take()
+            one.give()
+        assert kept() == {store._keys.prefix + b"!waits", store._keys.prefix + b"!waits:a"}
 
     def test_a_release_looks_only_at_its_own_line(self, own_server: RedisServer) -> None:
         """With a hundred who wait elsewhere the server carries out what it does with none."""
@@ -271,6 +316,23 @@ class TestNobodyOvertakes:
         store.give(waiter.slots[:1])
         settled(store)
         assert places(store, waiter) == [[]]
+
+    @pytest.mark.parametrize(("most", "kind"), [(None, Full), (0, LineFull), (9, Queued)])
+    def test_who_cannot_have_all_any_more_keeps_none_of_it(
+        self, client: Make, most: int | None, kind: type[QueueReply]
+    ) -> None:
+        """It was let in to both, and the shorter lease ended before it asked."""
+        holder, waiter, other, behind = client("a", "b"), client("a", "b"), client("a"), client("b")
+        waiter.slots = (replace(waiter.slots[0], ttl=0.05, memo=[]), waiter.slots[1])
+        holder.ask()
+        waiter.ask()
+        behind.ask()
+        holder.give()
+        assert wait_until(lambda: isinstance(other.take(), Taken))
+        waiter.most = (most, most)
+        assert isinstance(waiter.ask(), kind)
+        assert behind.holds()
+        assert not waiter.holds()
 
     def test_one_that_cannot_use_what_is_free_lets_the_next_one_in_with_the_same_release(
         self, store: RedisBackend, client: Make
@@ -364,6 +426,41 @@ class TestTheDead:
         assert isinstance(waiter.ask(), Taken)
         with redis_server.client() as server:
             assert server.pexpire(store._keys.waiter(first.token.encode()), 1), "its place has not ended by itself"
+
+    def test_who_listens_again_stands_where_it_stood(self, client: Make) -> None:
+        holder, first, second, third = [client("a") for _ in range(4)]
+        holder.ask()
+        ask_from_the_grave(first)
+        assert [one.ask().ahead for one in (second, third)] == [0, 1], "nobody keeps the living waiting"
+        assert [one.ask().ahead for one in (first, second, third)] == [0, 1, 2]
+        holder.give()
+        assert wait_until(first.holds)
+
+    def test_nobody_walks_along_the_dead_twice(self, own_server: RedisServer) -> None:
+        store = RedisBackend(BackendConfig("default", "redis", own_server.url, "own", {"socket_timeout": 2}))
+        holder, waiter, *dead = [Client(store, "a") for _ in range(30)]
+
+        def commands() -> int:
+            with own_server.client() as server:
+                before = sum(said["calls"] for said in server.info("commandstats").values())
+                waiter.ask()
+                return sum(said["calls"] for said in server.info("commandstats").values()) - before
+
+        holder.ask()
+        waiter.ask()
+        without = commands()
+        waiter.give()
+        settled(store)
+        for number, one in enumerate(dead):
+            ask_from_the_grave(one, str(number))
+        waiter.ask()
+        assert commands() == without
+        holder.give()
+        assert wait_until(waiter.holds)
+        for one in (holder, waiter, *dead):
+            one.give()
+            one.bell.close()
+        settled(store)
 
     def test_who_has_not_asked_for_long_has_no_place(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
@@ -600,6 +697,66 @@ class TestTheEar:
             for end in (*go, *ready):
                 os.close(end)
         assert code == 0
+
+    def test_what_is_granted_to_one_who_does_not_wait_any_more_is_taken_back_at_once(
+        self, store: RedisBackend, client: Make
+    ) -> None:
+        holder, gone, behind = client("a", "b"), client("a", "b"), client("b")
+        for one in (holder, gone, behind):
+            one.ask()
+        gone.bell.close()  # and what it gave back was lost
+        began = monotonic()
+        holder.give()
+        behind.bell.wait(60)
+        assert monotonic() - began < 0.8 * wire.GRANT
+        assert isinstance(behind.ask(), Taken)
+        assert [held.policy for held in store.snapshot()] == ["b"]
+        assert store.waiters() == []
+
+    @pytest.mark.parametrize("ears", [1, 2])
+    def test_a_late_word_takes_nothing_from_who_has_asked(
+        self,
+        store: RedisBackend,
+        client: Make,
+        make_store: Callable[..., RedisBackend],
+        redis_server: RedisServer,
+        monkeypatch: pytest.MonkeyPatch,
+        ears: int,
+    ) -> None:
+        """Nor does another store of the process, that hears the same and knows nobody."""
+        stores = [store, *[make_store() for _ in range(ears - 1)]]
+        token = (waiter := client("a")).slots[0].token
+        words: list[str] = []
+        strays: list[str] = []
+
+        def spy(ear: Ear, heard: Callable[[str], None], stray: Callable[[str], None]) -> None:
+            monkeypatch.setattr(ear, "_stray", lambda word: (stray(word), strays.append(word)))
+            monkeypatch.setattr(ear, "_heard", lambda word: (heard(word), words.append(word)))
+
+        for each in stores:
+            spy(each._ear, each._ear._heard, each._ear._stray)
+        others = [Client(each, "b", limit=9) for each in stores]
+        holder = client("a")
+        for one in (*others, holder, waiter):
+            one.ask()
+        holder.give()
+        assert wait_until(lambda: words.count(token) == ears)
+        assert strays == []
+        assert isinstance(waiter.ask(), Taken)
+        waiter.bell.close()
+        with redis_server.client() as server:
+            server.publish(store._channel(), token)
+        assert wait_until(lambda: words.count(token) == 2 * ears)
+        assert strays == [token] * ears
+        done = threading.Event()
+        keeper.at(0, done.set)
+        assert done.wait(30)
+        for each in stores:
+            settled(each)
+        assert waiter.holds()
+        for one in others:
+            one.give()
+            one.bell.close()
 
     def test_messages_for_nobody_change_nothing(
         self, store: RedisBackend, client: Make, redis_server: RedisServer

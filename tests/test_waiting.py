@@ -6,6 +6,8 @@ One suite for every store, on its own interface: `queue` is asked by hand, as if
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -348,3 +350,87 @@ def test_a_bell_that_rang_before_is_not_waited_for() -> None:
     bell.wait(60)
     bell.ring()
     asyncio.run(asyncio.wait_for(bell.await_(60), 5))
+
+
+def test_what_a_newcomer_lets_others_have_it_does_not_take_as_well(store: BaseBackend, client: Make) -> None:
+    """A lease has ended without a word: the newcomer's own look gives both to the one that waits, though A was free before."""
+    lapsing = [client("b", limit=2, ttl=0.2) for _ in range(2)]
+    for one in lapsing:
+        one.take()
+    waiter, newcomer = client("a", "b"), client("a", "b")
+    for one in (waiter, newcomer):
+        one.slots = (one.slots[0], replace(one.slots[1], limit=2, memo=[]))
+    assert isinstance(waiter.ask(), Queued)
+    assert wait_until(lambda: list(store.counts(lapsing[0].slots)) == [0])
+    newcomer.take()
+    waiter.ask()
+    assert (waiter.holds(), newcomer.holds()) == (True, False)
+    assert list(store.counts(waiter.slots)) == [1, 1]
+
+
+def test_its_own_question_may_let_it_in(store: BaseBackend, client: Make) -> None:
+    """Nobody else has looked since the leases ended: the last question finds its turn, behind one who is let in with it."""
+    lapsing = [client("a", limit=2, ttl=0.2) for _ in range(2)]
+    for one in lapsing:
+        one.take()
+    first, second = client("a", limit=2), client("a", limit=2)
+    assert isinstance(first.ask(), Queued)
+    assert isinstance(second.ask(), Queued)
+    assert wait_until(lambda: list(store.counts(first.slots)) == [0])
+    reply = second.ask_for_the_last_time()
+    assert isinstance(reply, Taken) == second.holds()
+    assert isinstance(reply, Taken)
+    assert first.ask() == Taken((True,), (2,))
+
+
+def test_who_asks_too_late_for_one_of_two_holds_neither(store: BaseBackend, client: Make) -> None:
+    """It was let in, and the shorter one of its leases has ended before it asked: somebody else has that slot by now."""
+    holder, waiter, other = client("a", "b"), client("a", "b"), client("a")
+    waiter.slots = (replace(waiter.slots[0], ttl=0.2, memo=[]), waiter.slots[1])
+    holder.take()
+    assert isinstance(waiter.ask(), Queued)
+    holder.give()
+    assert wait_until(waiter.holds)
+    assert wait_until(lambda: isinstance(other.take(), Taken))
+    reply = waiter.ask_for_the_last_time()
+    assert isinstance(reply, Full)
+    assert reply.full == (True, False)
+    settled(store)
+    assert [holder.token for holder in store.snapshot()] == [other.slots[0].token]
+
+
+def test_a_garbage_collection_in_the_middle_of_a_wait_may_ring_its_own_bell(store: BaseBackend, client: Make) -> None:
+    """An abandoned stream, whose end gives the slot back: without waiting for a lock that the waiting thread itself holds."""
+    for number in range(30):
+        holder, waiter = client("a"), client("a")
+        holder.take()
+        waiter.ask()
+        if not gives_within_a_wait(holder, waiter, number):
+            break
+        assert wait_until(waiter.holds)
+        waiter.give()
+    assert number > 1
+
+
+def gives_within_a_wait(holder: Client, waiter: Client, number: int) -> bool:
+    """The slot is given back at this call of C that the wait makes, as any of them may begin a collection. Was there one?"""
+    calls: list[str] = []
+
+    def collect(frame: Any, event: str, argument: Any) -> None:
+        if event == "c_call" and argument is not sys.setprofile:
+            calls.append(argument.__name__)
+            if len(calls) == number + 1:
+                holder.give()
+
+    def wait() -> None:
+        sys.setprofile(collect)
+        try:
+            waiter.bell.wait(0.3)
+        finally:
+            sys.setprofile(None)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), f"it waits for itself, in {calls[number]}"
+    return len(calls) > number

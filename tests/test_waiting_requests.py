@@ -12,6 +12,7 @@ from time import monotonic, sleep
 from typing import Any, ClassVar
 
 import pytest
+from asgiref.sync import markcoroutinefunction
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, JsonResponse
@@ -79,6 +80,11 @@ def nested(request: HttpRequest) -> JsonResponse:
     return plain(request)
 
 
+@concurrency_limit(policy="inner", wait=LONGER)
+def both(request: HttpRequest) -> JsonResponse:
+    return plain(request)
+
+
 class Api(APIView):
     throttle_classes: ClassVar = [ConcurrencyThrottle]
     authentication_classes: ClassVar[list[Any]] = []
@@ -95,6 +101,7 @@ urlpatterns = [
     path("class/", OnClass.as_view(), name="class"),
     path("own/", own, name="own"),
     path("nested/", nested, name="nested"),
+    path("both/", both, name="both"),
     path("api/", Api.as_view(), name="api"),
 ]
 #: Where a slot is taken -> the path, and the policy whose slot it is.
@@ -132,7 +139,7 @@ class Site:
         self._limits, self._entry = limits, entry
         self._pool = ThreadPoolExecutor(16)
 
-    def use(self, middleware: list[str] | None = None, limit: int = 1, **fields: Any) -> None:
+    def use(self, middleware: list[str] | None = None, limit: int = 1, waiters: int = 8, **fields: Any) -> None:
         table = {
             "p": {
                 "url_names": ["plain", "aplain", "api"],
@@ -142,13 +149,20 @@ class Site:
                 **fields,
             },
             "outer": {"url_names": ["nested"], "key": "global", "max_concurrent": 1000, "overridable": False},
+            "far": {
+                "url_names": ["both"],
+                "key": "global",
+                "max_concurrent": 9,
+                "overridable": False,
+                "backend": "two",
+            },
             "inner": {"key": "global", "max_concurrent": 1},
         }
         self._limits(
             {"policies": table},
             middleware=[OURS] if middleware is None else middleware,
-            BACKENDS={"default": self._entry},
-            MAX_SYNC_WAITERS=8,
+            BACKENDS={"default": self._entry, "two": {"BACKEND": "memory", "KEY_PREFIX": "two"}},
+            MAX_SYNC_WAITERS=waiters,
         )
 
     def asks(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -279,6 +293,60 @@ def test_hold_in_threads_is_bounded_by_the_setting_too(memory_site: Site) -> Non
 
         memory_site.waits(lambda: asyncio.run(on_loop()))
         assert in_line() == 9
+
+
+class AsyncOnly:
+    """What forces the middlewares inside it onto an event loop, under WSGI onto one of its own."""
+
+    sync_capable = False
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request: HttpRequest) -> Any:
+        return await self.get_response(request)
+
+
+@pytest.mark.parametrize(
+    ("url", "chain"),
+    [("/adecorated/", []), ("/adecorated/", [OURS]), ("/plain/", [named(AsyncOnly), OURS])],
+    ids=["decorator", "decorator and middleware", "middleware"],
+)
+def test_a_coroutine_of_a_server_of_threads_keeps_a_thread_and_is_counted(
+    memory_site: Site, url: str, chain: list[str]
+) -> None:
+    memory_site.use(chain, waiters=1)
+    with hold_slots("p"):
+        waiting = memory_site.waits(by_wsgi, url)
+        status, _, body = memory_site.asks(by_wsgi, url).result(15)
+        assert (status, body["reason"]) == (429, "queue_full")
+        on_loop = memory_site.waits(by_asgi, "/adecorated/")
+    assert [one.result(15)[0] for one in (waiting, on_loop)] == [200, 200]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_decorator_does_not_wait_while_the_middleware_holds_a_slot_of_another_store(
+    memory_site: Site, way: str
+) -> None:
+    with hold_slots("inner"):
+        status, _, body = memory_site.asks(WAYS[way], "/both/").result(15)
+        assert (status, body["reason"]) == (429, "full")
+        assert held() == ["inner"]
+        memory_site.use([])
+        waiting = memory_site.waits(WAYS[way], "/both/")
+    assert waiting.result(15)[0] == 200
+
+
+def test_a_sync_hold_on_an_event_loop_does_not_wait(memory_site: Site) -> None:
+    async def main() -> str:
+        with pytest.raises(ConcurrencyLimitExceeded) as caught, hold("p"):
+            pass
+        return caught.value.rejection.reason
+
+    with hold_slots("p"):
+        assert asyncio.run(main()) == "full"
 
 
 @pytest.mark.parametrize("way", WAYS)

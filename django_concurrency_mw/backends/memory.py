@@ -88,7 +88,7 @@ class MemoryBackend(BaseBackend):
             if not alone:
                 raise BackendError("a take inside another one, from a garbage collection", whole=False)
             self._drop_late()
-            held = [self._fits(slot, now) for slot in slots]
+            held = self._fit(slots, now)
             full = [slot.block and not fits for slot, fits in zip(slots, held, strict=True)]
             if True in full:
                 return Full(tuple(full), tuple(self._count(slot.semaphore) for slot in slots))
@@ -234,31 +234,33 @@ class MemoryBackend(BaseBackend):
             slot = self._late.popleft()
             self._drop([(slot.semaphore, slot.token)])
 
-    def _fits(self, slot: Slot, now: float) -> bool:
-        semaphore = self._semaphores.get(slot.semaphore)
-        if semaphore is not None and slot.token in semaphore:
-            return True
-        if self._lines and not self._lines.is_turn_of(slot.token, slot.semaphore):
-            self._grant([slot.semaphore], now)  # those before it may have no use for what is free
-            if not self._lines.is_turn_of(slot.token, slot.semaphore):
-                return False
-        return self._has_room(slot, now)
+    def _fit(self, slots: Sequence[Slot], now: float) -> list[bool]:
+        """Which of them may be held, or are. Those who stand before are let in first, so that it is one moment for all."""
+        if self._lines:
+            self._grant([slot.semaphore for slot in slots], now)
+        return [self._fits(slot, now) for slot in slots]
 
-    def _has_room(self, slot: Slot, now: float) -> bool:
+    def _fits(self, slot: Slot, now: float) -> bool:
+        if self._lines and not self._lines.is_turn_of(slot.token, slot.semaphore) and not self._is_theirs(slot):
+            return False
         semaphore = self._semaphores.get(slot.semaphore)
         if semaphore is None:
             return slot.cost <= slot.limit
         room = slot.limit - slot.cost
-        if semaphore.total() <= room:
+        if semaphore.total() <= room or slot.token in semaphore:
             return True
         semaphore.drop_lapsed(now)
         if not semaphore:
             self._discard(slot.semaphore)
         return semaphore.total() <= room
 
+    def _is_theirs(self, slot: Slot) -> bool:
+        semaphore = self._semaphores.get(slot.semaphore)
+        return semaphore is not None and slot.token in semaphore
+
     def _queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell, now: float) -> QueueReply:
         token, lines = slots[0].token, self._lines
-        held = [self._fits(slot, now) for slot in slots]
+        held = self._fit(slots, now)
         full = tuple([slot.block and not fits for slot, fits in zip(slots, held, strict=True)])
         names = [slot.semaphore for slot, is_full in zip(slots, full, strict=True) if is_full]
         reply: QueueReply
@@ -269,17 +271,21 @@ class MemoryBackend(BaseBackend):
                     self._hold(slot, now, now + slot.ttl)
             self._grant(left, now)
             return Taken(tuple(held), self._counted(slots))
+        # It may have been let in before, and have asked too late for one of them: who does not hold all holds none.
+        given = [slot.semaphore for slot in slots if self._is_theirs(slot)]
+        for name in given:
+            self._free(name, token)
         rooms = [room for room, is_full in zip(most, full, strict=True) if is_full]
         if None in rooms:
-            self._grant(lines.leave(token), now)
+            self._grant([*given, *lines.leave(token)], now)
             reply = Full(full, self._counted(slots))
         elif any(
             lines.length(name, but=token) >= room for name, room in zip(names, rooms, strict=True) if room is not None
         ):
-            self._grant(lines.leave(token), now)
+            self._grant([*given, *lines.leave(token)], now)
             reply = LineFull(full, self._counted(slots))
         else:
-            self._grant(lines.stand(slots, names, bell, now), now)
+            self._grant([*given, *lines.stand(slots, names, bell, now)], now)
             reply = Queued(full, self._counted(slots), lines.ahead(token), self._ask_again(token, names, now))
         return reply
 
@@ -302,9 +308,7 @@ class MemoryBackend(BaseBackend):
                 if first.until <= now:  # it has not asked for long
                     due.extend(lines.leave(first.token))
                     continue
-                fits = [
-                    self._has_room(slot, now) and lines.is_turn_of(slot.token, slot.semaphore) for slot in first.slots
-                ]
+                fits = [self._fits(slot, now) for slot in first.slots]
                 if all(fit or not slot.block for slot, fit in zip(first.slots, fits, strict=True)):
                     due.extend(lines.leave(first.token))
                     for slot, fit in zip(first.slots, fits, strict=True):

@@ -73,7 +73,7 @@ CHECKS: tuple[Check, ...] = (
     Check("W021", "A policy counts by the session, which signed_cookies does not identify.", check_keys),
     Check("W022", "A header with an underscore in its name, which servers drop.", check_keys),
     Check("W023", "A view is reachable under another name, outside its policy.", check_second_names),
-    Check("W024", "A policy's wait has no effect, as its requests ask several stores.", check_waits),
+    Check("W024", "A wait has no effect, as its requests ask several stores.", check_waits),
     Check("W025", "A Redis does not let those who wait be told that it is their turn.", check_waiting),
     Check("W026", "The user of a Redis lacks rights that requests can do without.", check_stores),
     Check("I001", "A policy admits nobody.", check_nobody),

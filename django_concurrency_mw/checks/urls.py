@@ -1,17 +1,21 @@
-"""The table against the URL configuration: what its patterns reach, and what they should and should not."""
+"""The policies against the URL configuration: what its patterns reach, and what they should and should not."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from django.core.checks import CheckMessage, Warning
+from django.core.exceptions import ImproperlyConfigured
 
 from .. import conf
 from ..backends import get_backend
 from ..coverage import covers_by_glob, second_names, unmatched_patterns
+from ..decorated import Decorated, decorated
 from ..limiter import is_replaced
+from ..middleware import throttles_itself
 from ..policies import STANDARD_METHODS, Policy
 from ..routes import Route, routes
 from .common import configuration, listed
@@ -93,39 +97,52 @@ def check_waits(app_configs: Any = None, **kwargs: Any) -> list[CheckMessage]:
     config = configuration()
     if config is None:
         return []
-    known = routes()
-    messages: list[CheckMessage] = []
-    for policy in config.table:
-        beside: dict[str, None] = {}
-        where = [route.name for route in known if policy.wait and _asks_several(policy, route, config, beside)]
-        if where:
-            messages.append(
-                Warning(
-                    f"{policy.place}: policy {policy.name} has a `wait` without effect where a request also asks another "
-                    f"store, for {listed(beside)}: such a request never waits. Views: {listed(where)}.",
-                    hint="Whoever holds a slot of one store would keep it from others while it stands in line at another. Give "
-                    "policies that meet on one view the same `backend`; or remove `wait`.",
-                    id="django_concurrency_mw.W024",
-                )
-            )
-    return messages
+    methods = STANDARD_METHODS.union(*(policy.methods or () for policy in config.table))
+    found: dict[Policy, tuple[dict[str, None], dict[str, None]]] = {}
+    for route in routes():
+        on_view = _on_view(route.view, config)
+        for policy, other in _in_vain(route, on_view, methods, config):
+            beside, where = found.setdefault(policy, ({}, {}))
+            beside[other.name] = where[route.name] = None
+    return [
+        Warning(
+            f"{policy.place}: policy {policy.name} has a `wait` without effect where a request also asks another "
+            f"store, for {listed(beside)}: such a request never waits. Views: {listed(where)}.",
+            hint="Whoever holds a slot of one store would keep it from others while it stands in line at another. Give "
+            "policies that meet on one view the same `backend`; or remove `wait`.",
+            id="django_concurrency_mw.W024",
+        )
+        for policy, (beside, where) in found.items()
+    ]
 
 
-def _asks_several(policy: Policy, route: Route, config: conf.Config, beside: dict[str, None]) -> bool:
-    """Does a request here, by any method, ask more than one store? `beside` gets the names of those in others."""
-    if is_replaced(policy, route.view):
-        return False
-    methods = STANDARD_METHODS.union(*(other.methods or () for other in config.table))
-    others = {
-        other.name
-        for method in methods
-        for together in [config.table.match(route.name, method)]
-        if policy in together
-        for other in together
-        if not is_replaced(other, route.view) and _count_apart(policy, other, config)
-    }
-    beside.update(dict.fromkeys(other.name for other in config.table if other.name in others))
-    return bool(others)
+def _on_view(view: Any, config: conf.Config) -> list[Decorated]:
+    try:
+        return decorated(view, config)
+    except ImproperlyConfigured:  # about a decorator that is wrong another check has the word
+        return []
+
+
+def _in_vain(
+    route: Route, on_view: Sequence[Decorated], methods: Iterable[str], config: conf.Config
+) -> Iterator[tuple[Policy, Policy]]:
+    """Who never waits on a view, each with one who asks another store, together with it or before."""
+    for method in sorted(methods):
+        asked: list[Policy] = []
+        for together in _turns(route, on_view, method, config):
+            asked += together
+            for policy in together:
+                if policy.wait:
+                    yield from ((policy, other) for other in asked if _count_apart(policy, other, config))
+
+
+def _turns(route: Route, on_view: Sequence[Decorated], method: str, config: conf.Config) -> Iterator[Sequence[Policy]]:
+    """What a request asks together, one time after the other."""
+    by_table = [policy for policy in config.table.match(route.name, method) if not is_replaced(policy, route.view)]
+    own = [one for one in on_view if one.policy.methods is None or method in one.policy.methods]
+    outer = [[one.policy] for one in own if one.method is None]
+    inner = [[one.policy] for one in own if one.method == method or (one.method, method) == ("GET", "HEAD")]
+    yield from (*outer, by_table, *inner) if throttles_itself(route.view) else (by_table, *outer, *inner)
 
 
 def _count_apart(policy: Policy, other: Policy, config: conf.Config) -> bool:

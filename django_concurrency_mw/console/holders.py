@@ -33,7 +33,7 @@ HELP = (
 OFTEN = 0.1
 #: As `tokens` makes them.
 _TOKEN = re.compile(r"[0-9a-f]{16}-[0-9a-f]+")
-WAITING = ("policy", "key", ">place", ">waits for", ">cost", "host", ">pid", "path", "=token")
+WAITING = ("policy", "key", ">place", ">waited", ">cost", "host", ">pid", "path", "=token")
 COLUMNS = ("policy", "key", ">age", ">lease left", ">cost", "host", ">pid", "path", "=token", "marks")
 
 
@@ -118,8 +118,13 @@ def _find(options: Mapping[str, Any], config: conf.Config, policies: Mapping[str
     seconds = leases(policies)
     for store in stores(config):
         try:
-            found += [row for row in rows(store, seconds) if _is_wanted(row.holder, options, policies)]
-            waiting += [pair for pair in line(store) if _is_wanted(pair[1], options, policies)]
+            # Waiters first: one who is let in between the two looks is seen twice, and not never; then it holds.
+            in_line, held = line(store), rows(store, seconds)
+            let_in = {row.holder.token for row in held}
+            found += [row for row in held if _is_wanted(row.holder, options, policies)]
+            waiting += [
+                pair for pair in in_line if pair[1].token not in let_in and _is_wanted(pair[1], options, policies)
+            ]
         except (BackendError, NotImplementedError) as error:
             failed[store.config.alias] = str(error) or repr(error)
     in_order = sorted(waiting, key=lambda pair: (pair[0], pair[1].policy, pair[1].key, pair[1].place))

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from django_concurrency_mw.backends import BaseBackend
-from django_concurrency_mw.backends.base import PLACE_FOR
+from django_concurrency_mw.backends import lines as memory_lines
+from django_concurrency_mw.backends.host import ours
+from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.bells import Bell
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, LineFull, Queued, Slot, Taken
@@ -31,6 +33,8 @@ from . import LONG
 #: How many histories of each store.
 EXAMPLES: Final = {"memory": 5000, "host": 2000, "redis": 500} if LONG else {"memory": 60, "host": 20, "redis": 10}
 
+#: Seconds.
+AGES: Final = 3600.0
 KEY: Final = make_key("global")
 PLACES: Final = ("a", "b")
 #: Of a take that leaves nothing behind and does not care what there is.
@@ -232,8 +236,6 @@ class Histories(RuleBasedStateMachine):
         #: What each one asks for until it gives back.
         self.wants: dict[str, tuple[Want, ...]] = {}
         self.woken: set[str] = set()
-        #: When each one that has joined asked last (monotonic seconds).
-        self.asked: dict[str, float] = {}
 
     @rule(token=tokens, wanted=wants)
     def take(self, token: str, wanted: tuple[Want, ...]) -> None:
@@ -252,9 +254,8 @@ class Histories(RuleBasedStateMachine):
         held = self.model.total(but=token)
         expected = self.model.queue(token, wanted, most)
         self.same(self.rig.queue(token, wanted, most), expected, self.model.total(but=token) - held)
-        self.asked[token] = monotonic()
         if isinstance(expected, Full | LineFull):
-            del self.wants[token], self.asked[token]
+            del self.wants[token]
 
     @precondition(lambda self: self.wants)
     @rule(data=st.data(), most=st.sampled_from((100, 100, None)))
@@ -267,7 +268,6 @@ class Histories(RuleBasedStateMachine):
     def give(self, data: st.DataObject) -> None:
         token = data.draw(st.sampled_from(sorted(self.wants)))
         del self.wants[token]
-        self.asked.pop(token, None)
         self.rig.give(token)
         self.model.give(token)
 
@@ -298,18 +298,8 @@ class Histories(RuleBasedStateMachine):
             assert reply.ahead >= expected.ahead
             assert 0 < reply.again <= 1
 
-    def keep_places(self) -> None:
-        """On a slow machine: who has not asked for long would lose its place, or what it was given."""
-        now = monotonic()
-        for token in sorted(self.asked.keys() & self.wants.keys()):
-            told = token in self.model.told
-            needs = self.model.stands_in(token) or (told and self.model.holds(token))
-            if needs and now - self.asked[token] > (PLACE_FOR / 2 if told else PLACE_FOR / 5):
-                self.queue(token, self.wants[token], 100)
-
     @invariant()
     def agree(self) -> None:
-        self.keep_places()
         holders = sorted((one.policy, one.token, one.cost) for one in self.rig.store.snapshot())
         assert holders == sorted(
             (place, token, cost) for place, there in self.model.held.items() for token, cost in there.items()
@@ -328,6 +318,16 @@ class Histories(RuleBasedStateMachine):
             self.rig.give(token)
         assert list(self.rig.store.snapshot()) == []
         assert list(self.rig.store.waiters()) == []
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's place lapses, however slow the machine. To ask for it in time would make what happens next depend on the clock,
+    and Hypothesis refuses a history that goes on in another way than it did before."""
+    monkeypatch.setattr(memory_lines, "PLACE_FOR", AGES)
+    monkeypatch.setattr(ours, "STANDS_FOR", int(AGES * 1e9))
+    for name in ("PLACE_FOR", "DEAF_PLACE_FOR"):
+        monkeypatch.setattr(wire, name, AGES)
 
 
 @pytest.fixture(params=list(BACKENDS))

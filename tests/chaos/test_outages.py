@@ -183,49 +183,44 @@ def test_a_store_that_goes_away(site: Site) -> None:
             )
             over = monotonic()
             end(site, what)
-            assert wait_until(lambda over=over: healthy(clients, over) is not None), f"{what}: not healthy again"
-            clients.stopped.wait(0.5 if LONG else 0.25)
+            assert wait_until(lambda over=over: is_served_again(clients, over)), f"{what}: not healthy again"
             now = monotonic()
             during, whole = clients.since(began, over), clients.since(began - 0.3, now)
             late = clients.since(later, over)
-            back = healthy(clients, over)
-            assert back is not None
             most = site.gauge(reset=True)["most"] if what != outages[-1] or site.mode != "allow" else 0
             worst = max(answer.ours for answer in whole)
             while_open = sorted(answer.ours for answer in late)
             print(
                 f"{what}: {dict(Counter((answer.status, answer.state) for answer in during))}, most {most}, worst delay "
                 f"{worst * 1000:.0f} ms, while open p50 {while_open[len(while_open) // 2] * 1000:.1f} ms, p99 "
-                f"{while_open[int(len(while_open) * 0.99)] * 1000:.1f} ms, healthy after {(back - over) * 1000:.0f} ms"
+                f"{while_open[int(len(while_open) * 0.99)] * 1000:.1f} ms, served again after {(now - over) * 1000:.0f} ms"
             )
             statuses = {answer.status for answer in whole}
             assert statuses <= ({200, 429, 503} if site.mode == "deny" else {200, 429}), statuses
             if site.mode != "allow":
                 assert most <= CAP, f"{what}: {most} at once in one process"
             assert worst < 3
-            assert while_open[int(len(while_open) * 0.9)] < 0.05
-            assert back - over < 5
+            assert while_open[int(len(while_open) * 0.9)] < 0.2  # seen: 0.001; who is to wait for it waits 0.25
+            assert now - over < 10
     assert wait_until(lambda: site.redis.held(site.prefix) == 0), "slots are left"
 
 
+#: Answers.
+ENOUGH = 50
 ADMITTED_BY = {"local": "local", "allow": "unprotected"}
 
 
 def enough(site: Site, answers: list[Answer], later: float) -> bool:
-    """Has the site gone on without its store, as its mode says, ten times at least; and was it asked when that was old news?"""
+    """Has the site gone on without its store, as its mode says, and was it asked when that was old news, often enough?"""
     if site.mode in ADMITTED_BY:
         went_on = [one for one in answers if one.status == 200 and one.state == ADMITTED_BY[site.mode]]
     else:
         went_on = [one for one in answers if one.status == 503]
-    return len(went_on) >= 10 and sum(one.at >= later for one in answers) >= 10
+    return len(went_on) >= ENOUGH and sum(one.at >= later for one in answers) >= ENOUGH
 
 
-def healthy(clients: Crowd, over: float) -> float | None:
-    """When the first request after `over` was decided by the store, behind which there is no other word."""
+def is_served_again(clients: Crowd, over: float) -> bool:
+    """Does the store decide about all of them? Behind the last one it did not there are many that it did."""
     answers = sorted(clients.since(over, monotonic()), key=lambda answer: answer.at)
-    last_bad = max(
-        (n for n, answer in enumerate(answers) if answer.state in ("local", "unprotected") or answer.status == 503),
-        default=-1,
-    )
-    good = [answer for answer in answers[last_bad + 1 :] if answer.state == "held"]
-    return good[0].at if good else None
+    states = [answer.state for answer in answers[-ENOUGH:]]
+    return len(states) == ENOUGH and "held" in states and all(state in ("held", "over") for state in states)

@@ -238,10 +238,10 @@ class _LoopPost:
         """Somebody's turn has come. Whose is plain to see in the table, so that no datagram that was lost makes a difference:
         one is lost only where others are still to be read."""
         self.post.empty()
-        standing = list(
-            self.standing.items()
-        )  # in one piece, as a garbage collection in another thread may close a bell
-        for bell in [bell for bell, (mapped, at, more) in standing if mapped[at] != QUEUED or more]:
+        # In one piece, as a garbage collection in another thread may close a bell.
+        for bell, (mapped, first, more) in list(self.standing.items()):
+            if mapped[first] == QUEUED and not (more and any(mapped[at] != QUEUED for at in more)):
+                continue
             self.standing.pop(bell, None)
             reference = self.bells.get(bell)
             rung = None if reference is None else reference()

@@ -8,19 +8,10 @@ waits again when the index is made anew; a waiter of whom some cells are gone is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import random
-from typing import Final
 
-from ..base import ASK_AGAIN
 from .bells import outbox
 from .layout import ASKED, FREE, HELD, QUEUED, WEIGHT_MASK, Cell, Entry, Header
 from .table import Name, Table
-
-#: Seconds after which one asks again that is the first in its line (the second, twice that; and so on), and one whom nobody can
-#: wake.
-FIRST_ASKS, ASK_OFTEN = 0.1, 0.02
-#: From so many on that wait, in all lines together, they ask less often.
-MANY: Final = 100
 
 
 def waiting(table: Table, name: Name) -> int:
@@ -39,15 +30,6 @@ def ahead(table: Table, cell: int) -> int:
     words, at = table.words, table.word(cell)
     first = _first(table, (words[at], words[at + Cell.LO]))
     return words[at + Cell.NUMBER] - words[table.word(first - 1) + Cell.NUMBER] if first else 0
-
-
-def ask_again(table: Table, before: int, wake: int) -> float:
-    """In how many seconds one is to ask again that has so many before it: nobody tells of a lease that ends, nor of a process
-    that is killed. One who looks does so for all lines, so where there are many each looks the less."""
-    if not wake:
-        return ASK_OFTEN
-    crowd = table.words[Header.WAITING] / MANY * random()
-    return min(ASK_AGAIN, FIRST_ASKS * (before + 1) * max(1.0, crowd))
 
 
 def tie(table: Table, cells: Sequence[int], blocks: Sequence[bool]) -> None:
@@ -91,14 +73,15 @@ def step_out(table: Table, cell: int) -> None:
     table.due[table.words[at], table.words[at + Cell.LO]] = None
 
 
-def serve(table: Table, now: int) -> None:
-    """Who is next gets what is free, in all lines that are due."""
-    due = table.due
+def serve(table: Table, now: int) -> bool:
+    """Who is next gets what is free, in all lines that are due. Has any of them moved?"""
+    due, moved = table.due, False
     while due:
         name = next(iter(due))
         while (first := _first(table, name)) and _settled(table, first - 1, now):
-            pass
+            moved = True
         due.pop(name, None)
+    return moved
 
 
 def _settled(table: Table, cell: int, now: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Final
 from ...bells import Bell
 from ...outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
 from ..base import PLACE_FOR, Restore, age_of
-from . import bells, lines
+from . import bells, lines, watch
 from .layout import (
     EVICTED,
     FREE,
@@ -35,8 +35,8 @@ Known = tuple[str, str, bytes]
 Saved = tuple[Known, int, bytes]
 
 #: What the table says of slots that are asked for: of each one the total of its semaphore, and whether it may be held; what is
-#: to be written for that; and the cells to be freed before, which are of the same tokens: those by which it waited, and lapsed
-#: ones that nobody has swept yet.
+#: to be written for that; and the cells to be freed before, which are of the same tokens: those by which it waited or was
+#: evicted, and lapsed ones that nobody has swept yet.
 Answer = tuple[list[int], list[bool], dict[Known, Wanted], list[int]]
 
 #: How long one who does not ask again keeps its places (ns).
@@ -61,6 +61,7 @@ class Ours:
     def forget(self) -> None:
         """Start empty, as in a forked child: the parent's holders are not ours."""
         self.places: dict[Known, Place] = {}
+        self.watch = watch.Watch()
         #: So many are looked through when more are handed over.
         self.tidy_from = TIDY_FROM
 
@@ -93,8 +94,7 @@ class Ours:
                 name = semaphore(*slot.semaphore)
                 if not fit and lines.waiting(table, name):
                     table.due[name] = None
-                    changed = True
-            lines.serve(table, now)
+            changed |= lines.serve(table, now)
         return self._ask(table, slots, now) if changed else answer
 
     def queue(self, table: Table, asked: tuple[Sequence[Slot], Sequence[int | None], Bell], now: int) -> QueueReply:
@@ -115,7 +115,10 @@ class Ours:
                 self._leave(table, slots)
                 return LineFull(full, totals)
         ahead = self._stand(table, slots, full, bell, now)
-        return Queued(full, totals, ahead, lines.ask_again(table, ahead, bells.number_of(bell)))
+        place = self.places[slots[0].token, slots[0].policy, slots[0].key.digest]
+        can_be_woken = bells.number_of(bell)
+        again = self.watch.asks_again(table, place, ahead, now) if can_be_woken else watch.ASK_OFTEN
+        return Queued(full, totals, ahead, again)
 
     def _is_line_full(self, table: Table, slot: Slot, room: int) -> bool:
         place = self.places.get((slot.token, slot.policy, slot.key.digest))
@@ -171,7 +174,7 @@ class Ours:
                 fit = True
                 table.extend(place, now + int(slot.ttl * 1e9))
             else:
-                if place and (until or table.waits(place)):
+                if place and (until or table.state(place)):
                     over.append(place[0])
                 if in_lines and fit:  # nobody overtakes who waits
                     fit = lines.is_turn(table, name[:2], place[0] if place else NOWHERE)
@@ -211,7 +214,7 @@ class Ours:
                 cells[place[0]] = known
             else:
                 given.append(False)
-                if place and table.waits(place):
+                if place and table.state(place):  # it waits, or was evicted
                     cells[place[0]] = known
                 else:
                     places.pop(known, None)

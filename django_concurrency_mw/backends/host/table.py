@@ -255,7 +255,7 @@ class Table(Index):
         self.due[self.words[at], self.words[at + _LO]] = None
 
     def evict(self, token: str) -> int:
-        """Take away what this token holds. The cells stay until their leases would have ended, so that all know of it."""
+        """Take away what this token holds. All know of it by the cells, which stay until they are given back or lapse."""
         evicted = 0
         for cell in self._used():
             if self.map[self.states_at + cell] != HELD:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -18,6 +19,7 @@ from typing import Any
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from ...bells import Bell
+from ...tokens import process_id, process_of
 from .connecting import Recipe
 from .errors import passes
 from .wire import pack
@@ -32,12 +34,20 @@ ASK_OFTEN_AFTER = 3
 
 
 class Ear:
-    """`channel` names the channel of this process. `forbidden` is told why it may not listen."""
+    """`channel` names the channel of this process. `forbidden` is told why it may not listen, and `stray` the token of whoever
+    is called and does not wait any more: what it was let in to is to be taken back."""
 
-    def __init__(self, recipe: Recipe, channel: Callable[[], bytes], forbidden: Callable[[Exception], None]) -> None:
-        self._recipe, self._channel, self._forbidden = recipe, channel, forbidden
+    def __init__(
+        self,
+        recipe: Recipe,
+        channel: Callable[[], bytes],
+        forbidden: Callable[[Exception], None],
+        stray: Callable[[str], None],
+    ) -> None:
+        self._recipe, self._channel, self._forbidden, self._stray = recipe, channel, forbidden, stray
         self._conn: Any = None
         self.forget()
+        _ears.add(self)
 
     def forget(self) -> None:
         """In a forked child: the connection is the parent's, and its thread is not here. The socket has to be closed all the
@@ -199,9 +209,15 @@ class Ear:
                 continue
             asked = False
             if reply[0] == b"message":
-                bell = self._bells.get(reply[2].decode("ascii", "replace"))
-                if bell is not None:
-                    bell.ring()
+                self._heard(reply[2].decode("ascii", "replace"))
+
+    def _heard(self, token: str) -> None:
+        bell = self._bells.get(token)
+        if bell is not None:
+            bell.ring()
+        # Another store of this process may have the same channel, and hear the same.
+        elif process_of(token) == process_id() and not any(token in ear._bells for ear in list(_ears)):
+            self._stray(token)
 
     def _connect(self) -> Any:
         """Raises: ResponseError if we may not listen, or may not tell others."""
@@ -233,3 +249,6 @@ class Ear:
         if conn is not None:
             with contextlib.suppress(OSError, AttributeError):
                 conn.bounded_socket.shutdown(2)
+
+
+_ears: weakref.WeakSet[Ear] = weakref.WeakSet()

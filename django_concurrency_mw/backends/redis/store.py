@@ -79,7 +79,7 @@ class RedisBackend(BaseBackend):
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened, self._astray)
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
-        self._ear = Ear(self._recipe, self._channel, self._deaf)
+        self._ear = Ear(self._recipe, self._channel, self._deaf, self._stray)
         self._recipe.found = self._found
         self._tended = self._delivering = self._hearing = False
         #: What was logged last of what may come again and again.
@@ -132,7 +132,7 @@ class RedisBackend(BaseBackend):
         packed = self._keys.claim(slots)
         # Whoever is not told that he has claimed does not hold: only behind the claim itself a release cannot overtake it.
         undo = self._keys.give([new for _, new in slots])
-        return bool(self._call(packed, undo, lambda: packed) == 1)
+        return wire.claimed(self._call(packed, undo, lambda: packed), [new for _, new in slots])
 
     def _restore(self, holders: Sequence[Restore]) -> list[bool]:
         seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
@@ -249,7 +249,7 @@ class RedisBackend(BaseBackend):
     def check_waiting(self) -> Sequence[CheckMessage]:
         """Tries to listen once, for `socket_timeout` at most. Of a server that cannot be asked `check` has the word."""
         try:
-            refusal = Ear(self._recipe, self._channel, self._deaf).refusal()
+            refusal = Ear(self._recipe, self._channel, self._deaf, self._stray).refusal()
         except Exception:
             return []
         if refusal is None:
@@ -322,6 +322,10 @@ class RedisBackend(BaseBackend):
             f"nobody can be told that it is his turn, so those who wait ask every 50 ms: {error}: "
             + rights.listening(self._keys)
         )
+
+    def _stray(self, token: str) -> None:
+        """In the ear's thread, which has others to listen for: one was let in who does not wait any more."""
+        keeper.at(0, partial(self._lines.tell, [self._keys.back(token.encode())]))
 
     def _mux(self) -> Mux:
         """The connection of the running loop. Those of loops that have ended are forgotten when a new one comes."""

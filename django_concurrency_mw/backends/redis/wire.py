@@ -14,10 +14,13 @@ of two lines, its host's name and its pid. And for those who wait, see `lines.lu
 - `!waiter:token`, what others have to know of one who waits to let it in: a string of fields, each as its length, a colon and
   itself. First the channel of its process, or nothing where that hears nothing; then five for each slot that it wants: key,
   limit, lease in ms, how it is asked for (the third argument of `take.lua`), holder. It expires when its owner has not asked
-  for long, and with it all its places.
-- `!waits:policy:digest`, a mark: somebody who may wait has used this semaphore within a lease; so releases wake. Its value
-  is the ms at which a line that seemed full was last looked through for who is not there any more. `!waits` says the same of
-  any semaphore, and is there for longer than each of them.
+  for long, and with it all its places; and after a grant when its owner asks, so until then it can be taken back.
+- `!place:policy:digest:token`, the number of one whose process did not listen, who was taken out of the line for that, for as
+  long as it may ask again: then it has its place back, and until then nobody walks along it.
+- `!waits:policy`, a mark: somebody who may wait has used this policy within a lease; so releases of whoever shares its
+  semaphores wake, also of those who took before the line was there. One for all keys, so that a client leaves none behind.
+  `!waits` says the same of any policy, and is there for longer than each of them.
+- `!looked:policy:digest`, for a second: a line that seemed full was looked through for who is not there any more.
 - `!nothing`, and `!nothing:1` and `:2`, which there never are: by them a node of a Cluster says that its slot is moving.
 - `!wake:` and a process's part of its tokens is no key but a channel: each message is the token of one who has to ask.
 """
@@ -46,7 +49,9 @@ SEPARATOR = b"\n"
 PEAKS_FOR, PROCESS_FOR = 30 * 86_400.0, 600.0
 #: Seconds after which one whose process hears nothing asks again, and for which it keeps its place without that.
 ASK_OFTEN, DEAF_PLACE_FOR = 0.05, 1.0
-#: In a slot's memo, behind its names: somebody who may wait has used its semaphore.
+#: Seconds for which one who was let in holds until it asks, as in `lines.lua`.
+GRANT = 5.0
+#: In a slot's memo, behind its names: somebody who may wait has used its policy.
 WAITED_FOR: Final = "waited for"
 
 
@@ -93,6 +98,7 @@ GIVE = Script("give")
 RESTORE = Script("restore")
 CLAIM = Script("claim")
 EVICT = Script("lines", "evict")
+BACK = Script("lines", "back")
 COUNT = Script("count")
 NOTE = Script("note")
 TIME = pack(b"TIME")
@@ -203,6 +209,11 @@ class Keys:
         arguments = [token, record, b"%d" % kept, *(b"-1" if some is None else b"%d" % some for some in most)]
         return WAIT.call(keys, [bulk(each) for each in arguments], len(arguments), whole=whole)
 
+    def back(self, token: bytes) -> Release:
+        """One command that takes back what was granted to one who is not there any more."""
+        packed = BACK.call([bulk(self.waiter(token))], [bulk(token)], 1, whole=True)
+        return Release(packed, monotonic() + GRANT)
+
     def channel(self, process: str) -> bytes:
         """Where a process listens for the tokens of those who have been let in, or have to ask."""
         return b"%b!wake:%b" % (self.prefix, process.encode())
@@ -278,6 +289,14 @@ def taken(reply: int | Sequence[int], slots: Sequence[Slot]) -> TakeReply:
     counts = tuple([each >> 1 for each in reply])
     full = [slot.block and not has_room for slot, has_room in zip(slots, room, strict=True)]
     return Full(tuple(full), counts) if True in full else Taken(room, counts)
+
+
+def claimed(reply: int, slots: Sequence[Slot]) -> bool:
+    """The reply to a claim by these slots. What others knew of who may wait is lost: they are marked on suspicion."""
+    if reply == 2:
+        for slot in slots:
+            slot.memo.append(WAITED_FOR)
+    return reply > 0
 
 
 def queued(reply: Sequence[int], slots: Sequence[Slot], *, hears: bool) -> QueueReply:

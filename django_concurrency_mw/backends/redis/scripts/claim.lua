@@ -2,7 +2,7 @@
 --
 -- KEYS   the semaphore of each
 -- ARGV   three for each: lease in ms from now, the old holder, the new one
--- Returns 1, or 0 where an old one is gone or lapsed and nothing was changed.
+-- Returns 1, or 2 where somebody may wait for anything here, or 0 where an old one is gone or lapsed and nothing was changed.
 --
 -- Asking twice is asking once, as a command whose connection is lost is sent again: who has the new one has claimed the old.
 local time = redis.call('TIME')
@@ -24,4 +24,6 @@ for i, key in ipairs(KEYS) do
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
   end
 end
+local left = redis.pcall('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits')
+if type(left) == 'table' or left >= 0 then return 2 end -- of a slot that moves nobody knows: see `moves`
 return 1

@@ -22,21 +22,26 @@ local function moves(key)
   local reply = redis.pcall('MGET', name .. ':1', name .. ':2')
   return reply.err ~= nil and string.find(reply.err, 'non local key', 1, true) ~= nil
 end
--- Somebody who may wait uses this semaphore: it is marked for `length` ms at least, and so is the whole prefix, that a take
--- need not ask about each semaphore where nobody waits at all. No other commands: a user may be allowed no more than takes
--- needed before there were lines. Returns whether the semaphore was marked before.
+local function place(key, token)
+  return beside(key, 'place') .. ':' .. token
+end
+-- Who may wait is marked for `length` ms at least: once for all semaphores of a policy, as there are as many of those as there
+-- are clients, and for the whole prefix, so that a take need not ask about each policy where nobody waits at all. No other
+-- commands: a user may be allowed no more than takes needed before there were lines.
+local function mark_of(key)
+  return (string.gsub(string.match(key, '^(.*):'), '}:1:', '}:1:!waits:', 1))
+end
 local function mark(key, length)
-  local name, whole = beside(key, 'waits'), string.match(key, '^[^}]*}:1:') .. '!waits'
-  local left = redis.call('PTTL', name)
-  if left < length then
+  local name = mark_of(key)
+  if redis.call('PTTL', name) < length then
+    local whole = string.match(key, '^[^}]*}:1:') .. '!waits'
     redis.call('SET', name, '1', 'PX', 2 * length)
     if redis.call('PTTL', whole) < 2 * length then redis.call('SET', whole, '1', 'PX', 4 * length) end
   end
-  return left >= 0
 end
 local function lines(now, asker)
   local self = {stops = {}, granted = 0}
-  local heard = {}
+  local heard, deaf = {}, false
 
   -- The fields of a record, the first `most` or all: `length:field` each.
   local function fields(text, most)
@@ -68,6 +73,7 @@ local function lines(now, asker)
     if heard[channel] == nil then
       local reply = redis.pcall('PUBSUB', 'NUMSUB', channel)
       heard[channel] = reply.err ~= nil or reply[2] > 0
+      deaf = deaf or not heard[channel]
     end
     return heard[channel]
   end
@@ -78,38 +84,61 @@ local function lines(now, asker)
     local reply = redis.pcall('PUBLISH', one.channel, one.token)
     if type(reply) ~= 'number' then return false end
     heard[one.channel] = reply > 0
+    deaf = deaf or reply == 0
     return reply > 0
   end
 
-  -- Walk along a line: `next` gives a token and its record. Who has not asked for long is taken out, and whoever is known to be
-  -- dead is passed over; who else is passed over counts itself in `passed`. The first is mostly the only one to be looked at.
+  -- Who does not listen is taken out of the line: nobody walks along the dead twice. If it connects again it has its number
+  -- back with its next question, see `come_back`.
+  local function skip(key, token, number)
+    redis.call('SET', place(key, token), number, 'PX', PLACE)
+    redis.call('ZREM', beside(key, 'queue'), token)
+  end
+
+  -- Walk along a line: gives a token, its record and its number; whoever it gave before is out of the line by then. Who has not
+  -- asked for long is taken out. The first is mostly the only one to be looked at; where one was deaf, others are asked about
+  -- before anybody looks at what they want.
   local function walk(key)
-    local queue, size, number = beside(key, 'queue'), 1, 0
-    local tokens, texts = {}, {}
-    local along = {passed = 0}
-    function along.next()
+    local queue, size, at = beside(key, 'queue'), 1, -1
+    local list, texts, gone = {}, {}, {}
+    local placed, recorded = place(key, ''), record(key, '')
+    local function take_out()
+      if gone[1] then redis.call('ZREM', queue, unpack(gone)) end
+      gone = {}
+    end
+    return function()
       while true do
-        number = number + 1
-        if not tokens[number] then
-          tokens = redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'LIMIT', along.passed, size)
-          if not tokens[1] then return nil end
+        at = at + 2
+        if not list[at] then
+          take_out()
+          list = redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'WITHSCORES', 'LIMIT', 0, size)
+          if not list[1] then return nil end
           local names = {}
-          for i, token in ipairs(tokens) do names[i] = record(key, token) end
+          for each = 1, #list, 2 do names[#names + 1] = recorded .. list[each] end
           texts = redis.call('MGET', unpack(names))
-          number = 1
+          at, size = 1, math.min(4 * size, 64)
         end
-        local token, text = tokens[number], texts[number]
-        if not text then
-          redis.call('ZREM', queue, token)
-        elseif token ~= asker and heard[fields(text, 1)[1]] == false then
-          along.passed = along.passed + 1
-        else
-          return token, text
+        local token, text, number = list[at], texts[(at + 1) / 2], list[at + 1]
+        if text and not (deaf and not listens(token, fields(text, 1)[1])) then
+          take_out()
+          return token, text, number
         end
-        size = math.min(4 * size, 64)
+        if text then redis.call('SET', placed .. token, number, 'PX', PLACE) end
+        gone[#gone + 1] = token
       end
     end
-    return along
+  end
+
+  -- This one does not listen now, or did not for a while, and asks again: it stands where it stood.
+  function self.come_back(one)
+    local names = {}
+    for i, slot in ipairs(one.slots) do names[i] = place(slot.key, one.token) end
+    for i, number in ipairs(redis.call('MGET', unpack(names))) do
+      if number then
+        redis.call('ZADD', beside(one.slots[i].key, 'queue'), number, one.token)
+        redis.call('PEXPIRE', names[i], 0)
+      end
+    end
   end
 
   function self.count(slot)
@@ -126,13 +155,12 @@ local function lines(now, asker)
 
   -- Does nobody who lives stand before this one?
   local function is_turn(key, token)
-    local along = walk(key)
-    while true do
-      local other, text = along.next()
-      if not other or other == token then return true end
+    for other, text, number in walk(key) do
+      if other == token then return true end
       if listens(other, fields(text, 1)[1]) then return false end
-      along.passed = along.passed + 1
+      skip(key, other, number)
     end
+    return true
   end
 
   function self.hold(slot, lease)
@@ -140,12 +168,13 @@ local function lines(now, asker)
     if redis.call('PTTL', slot.key) < lease then redis.call('PEXPIRE', slot.key, lease) end
   end
 
-  -- It stands in no line any more, and is forgotten. The keys of the lines that it stood in are added to `left`.
-  function self.leave(one, left)
+  -- It stands in no line any more, and is forgotten, at once or after so many ms. The keys of the lines that it stood in are
+  -- added to `left`.
+  function self.leave(one, left, kept)
     for _, slot in ipairs(one.slots) do
       if redis.call('ZREM', beside(slot.key, 'queue'), one.token) == 1 then left[#left + 1] = slot.key end
     end
-    redis.call('PEXPIRE', record(one.slots[1].key, one.token), 0)
+    redis.call('PEXPIRE', record(one.slots[1].key, one.token), kept or 0)
     return left
   end
 
@@ -158,10 +187,9 @@ local function lines(now, asker)
 
   -- How many stand there, without those who have not asked for long; who those are is looked up once a second.
   function self.living(key)
-    local queue, name = beside(key, 'queue'), beside(key, 'waits')
-    local looked = tonumber(redis.call('MGET', name)[1] or 0)
-    if looked <= now - 1000 or looked > now then
-      redis.call('SET', name, string.format('%.0f', now), 'PX', math.max(PLACE, redis.call('PTTL', name)))
+    local queue, looked = beside(key, 'queue'), beside(key, 'looked')
+    if redis.call('PTTL', looked) < 0 then
+      redis.call('SET', looked, '1', 'PX', 1000)
       for _, token in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf')) do
         if not redis.call('MGET', record(key, token))[1] then redis.call('ZREM', queue, token) end
       end
@@ -189,23 +217,29 @@ local function lines(now, asker)
     return all, here, free
   end
 
+  -- It was let in already, while the slot moved or by a server of which this one has not heard all: it does not wait any more.
+  local function holds(one, key)
+    for _, slot in ipairs(one.slots) do
+      if slot.key == key then return redis.call('ZSCORE', key, slot.holder) end
+    end
+  end
+
   function self.grant(keys)
     local due, number = {unpack(keys)}, 1
     while due[number] do
       local key = due[number]
-      local along = walk(key)
       self.stops[key] = nil
       number = number + 1
-      while true do
-        local token, text = along.next()
-        if not token then break end
+      for token, text, place_number in walk(key) do
         local one = self.described(token, text)
         local all, here, free = fits(one, key)
-        if all and tell(one) then
+        if holds(one, key) then
+          self.leave(one, due)
+        elseif all and tell(one) then
           for each, slot in ipairs(one.slots) do
             if free[each] then self.hold(slot, math.min(slot.lease, GRANT)) end
           end
-          self.leave(one, due)
+          self.leave(one, due, GRANT) -- until it asks, it can be taken back: see `back`
           self.granted = self.granted + 1
         elseif here and not all and (stands_elsewhere(one, key) or one.channel == '' or tell(one)) then
           redis.call('ZREM', beside(key, 'queue'), token) -- it keeps nothing free that it cannot take
@@ -213,7 +247,7 @@ local function lines(now, asker)
           self.stops[key] = token
           break
         else
-          along.passed = along.passed + 1
+          skip(key, token, place_number)
         end
       end
     end

@@ -4,7 +4,8 @@
 -- ARGV   four for each: limit, lease in ms, 1 if it blocks else 0, the holder. With a cost of more than 1, twice what it is
 --        more is added to the third, and 4096 if whoever asks may wait.
 -- Returns one integer each (for a single one not in a list): twice its count, plus 1 where it has room (or is held now), and
---         -1 minus that where somebody who may wait has used it within a lease. If a blocking one has no room, nothing was taken.
+--         -1 minus that where somebody who may wait has used its policy within a lease. If a blocking one has no room, nothing
+--         was taken.
 --
 -- Asking twice is asking once: who holds already is let in before the limit is looked at. What has lapsed is removed only
 -- where there is no room. A key's expiry only ever grows, so that a short lease never ends a longer one. Nobody gets before
@@ -33,13 +34,8 @@ repeat
     end
     if not line then
       if away == nil and (waits or anybody) then away = moves(key) end
-      if away then
-        marked[i] = true
-      elseif waits then
-        marked[i] = mark(key, tonumber(ARGV[4 * i - 2]))
-      else
-        marked[i] = anybody and redis.call('PTTL', beside(key, 'waits')) >= 0
-      end
+      if waits and not away then mark(key, tonumber(ARGV[4 * i - 2])) end
+      marked[i] = waits or away or anybody and redis.call('PTTL', mark_of(key)) >= 0
     end
     if marked[i] and not away and room[i] == 1 and not redis.call('ZSCORE', key, ARGV[4 * i]) then
       if not line then

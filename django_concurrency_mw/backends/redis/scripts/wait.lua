@@ -15,6 +15,7 @@ local line = lines(now, token)
 local one = line.described(token, ARGV[2])
 local away = moves(KEYS[1])
 local stands = {}
+if not away then line.come_back(one) end
 for i, slot in ipairs(one.slots) do
   if not away then
     mark(slot.key, math.max(slot.lease, PLACE))
@@ -31,13 +32,21 @@ repeat
   end
 until line.granted == before
 
-local full, any = {}, false
-for i, slot in ipairs(one.slots) do
-  local other = line.stops[slot.key]
-  full[i] = not redis.call('ZSCORE', slot.key, slot.holder)
-    and (other ~= nil and other ~= token or not line.has_room(slot))
-  any = any or (full[i] and slot.blocks)
-end
+-- Where it cannot have all it has nothing: what it was let in to before, of which the rest has lapsed, is for the next ones.
+local full, any, freed
+repeat
+  full, any, freed = {}, false, {}
+  for i, slot in ipairs(one.slots) do
+    local other = line.stops[slot.key]
+    full[i] = not redis.call('ZSCORE', slot.key, slot.holder)
+      and (other ~= nil and other ~= token or not line.has_room(slot))
+    any = any or (full[i] and slot.blocks)
+  end
+  for i, slot in ipairs(one.slots) do
+    if any and not full[i] and redis.call('ZREM', slot.key, members(slot.holder)) > 0 then freed[#freed + 1] = slot.key end
+  end
+  if not away then line.grant(freed) end
+until not freed[1]
 
 local function reply(verdict)
   local list = {verdict}
