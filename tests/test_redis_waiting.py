@@ -23,6 +23,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.redis import wire
 from django_concurrency_mw.backends.redis.listening import Ear
 from django_concurrency_mw.backends.redis.store import RedisBackend
@@ -757,6 +758,38 @@ class TestTheEar:
         for one in others:
             one.give()
             one.bell.close()
+
+    def test_nothing_is_taken_from_who_was_counted_again(self, store: RedisBackend, client: Make) -> None:
+        """By a server that had heard of its wait, but not of its end: it lets it in once more, or comes to it in its line."""
+        holder, first = client("a"), client("a")
+        for one in (holder, first):
+            one.ask()
+        holder.give()
+        first.hear()
+        (slot,) = first.slots
+        assert store.restore([Restore(slot, slot.ttl, float("inf"))]) == [True]
+        first.bell.close()
+        back = store._keys.back(slot.token.encode()).packed
+        assert store._call(back, (), lambda: back) == 1
+        assert first.holds()
+
+    def test_who_holds_already_leaves_its_line_without_a_word(
+        self, store: RedisBackend, client: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strays: list[str] = []
+        monkeypatch.setattr(store._ear, "_stray", strays.append)
+        holder, first, second = [client("a") for _ in range(3)]
+        for one in (holder, first, second):
+            one.ask()
+        (slot,) = first.slots
+        assert store.restore([Restore(slot, slot.ttl, float("inf"))]) == [True]
+        first.bell.close()
+        holder.give()
+        settled(store)
+        assert places(store, first, second) == [[], [("a", 1)]]
+        first.give()
+        second.hear()
+        assert strays == []
 
     def test_messages_for_nobody_change_nothing(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
