@@ -412,35 +412,5 @@ class Lines:
         return line
 
 
-class Trial(Lines):
-    """The stack of a check: all its calls together have the time of one. `answered`: the server has carried out a call."""
-
-    def __init__(self, recipe: Recipe, leftovers: Leftovers) -> None:
-        super().__init__(recipe, leftovers, lambda: None)
-        self.deadline = monotonic() + recipe.timeout
-        self.answered = False
-
-    def call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
-        reply = self._call(packed, undo, whole, self.deadline)
-        self.answered = True
-        return reply
-
-    @property
-    def over(self) -> bool:
-        """Is there no time left?"""
-        return monotonic() >= self.deadline
-
-    @property
-    def unknown(self) -> bool:
-        """Does the server not tell a connection who it is?"""
-        return any(line.client is None for line in self._free)
-
-    def close(self) -> None:
-        if self.over:  # nothing more is waited for
-            while self._free:
-                self._lost(self._free.popleft())
-        super().close()
-
-
 def _together(releases: Sequence[Release]) -> bytes:
     return b"".join([release.packed for release in releases])

@@ -33,11 +33,12 @@ from . import rights, tls, wire
 from .errors import classed, is_replica
 from .finding import recipe_for
 from .leftovers import Leftovers, Release
-from .lines import Lines, Trial
+from .lines import Lines
 from .listening import Ear
 from .looking import Looks
 from .mux import Mux
 from .redirects import tries_again
+from .trial import Trial
 from .where import Fixed
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -51,8 +52,6 @@ HEAR_SOON = 0.1
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
-#: Says maxmemory and its policy, to a user who may not CONFIG GET.
-INFO = wire.pack(b"INFO", b"memory")
 #: Slots that one renewal command is for, at most.
 RENEW_AT_ONCE = 500
 
@@ -224,8 +223,7 @@ class RedisBackend(BaseBackend):
         lines = tried._lines = Trial(self._recipe, self._leftovers)
         try:
             tried._try_out()
-            unknown, evicts = lines.unknown, tried._evicts()
-            missing, fences = tried._rights()
+            return lines.advice(self._keys, self.config.place)
         except Exception as error:
             if lines.answered and lines.over:
                 return []
@@ -236,15 +234,6 @@ class RedisBackend(BaseBackend):
             return [check_message(self, error, hint)]
         finally:
             lines.close()
-        messages = rights.messages(self.config.place, unknown, fences, missing)
-        if evicts:
-            hint = "Set maxmemory-policy to noeviction there, or give the limits a Redis of their own."
-            message = (
-                f"{self.config.place}: the server has a maxmemory and the policy {evicts}: when its memory is full it may "
-                "remove who holds slots, and more are admitted than the limit"
-            )
-            messages.append(Warning(message, hint=hint, id="django_concurrency_mw.W018"))
-        return messages
 
     def check_waiting(self) -> Sequence[CheckMessage]:
         """Tries to listen once, for `socket_timeout` at most. Of a server that cannot be asked `check` has the word."""
@@ -257,24 +246,6 @@ class RedisBackend(BaseBackend):
         message = f"{self.config.place}: nobody can be told that it is his turn: {refusal}"
         hint = f"Until then those who wait ask every 50 ms. {rights.listening(self._keys)}"
         return [Warning(message, hint=hint, id="django_concurrency_mw.W025")]
-
-    def _evicts(self) -> str:
-        """The server's maxmemory-policy, if it may remove our keys; empty if not, and where it does not say."""
-        try:
-            text = bytes(self._call(INFO, (), lambda: INFO)).decode("utf-8", "replace")
-        except Exception:  # forbidden, renamed, or no time left: it is only a piece of advice
-            return ""
-        said = dict(line.partition(":")[::2] for line in text.splitlines())
-        limited = said.get("maxmemory", "0") != "0"
-        policy = said.get("maxmemory_policy", "noeviction")
-        return policy if limited and policy != "noeviction" else ""
-
-    def _rights(self) -> tuple[list[str], bool]:
-        """What its user lacks and whether it may fence off; nothing and yes where there is no time left to ask."""
-        try:
-            return rights.lacking(lambda packed: self._lines.call(packed, (), lambda: packed), self._keys)
-        except Exception:
-            return [], True
 
     def close(self) -> None:
         """Close the idle connections of threads, and the ear if nobody waits; those of event loops end with their loop."""
