@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ if not LONG:
     PAIRS = [pair for pair in PAIRS if pair in (("host", "no"), ("redis", "before the patch"))] or PAIRS[:2]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _gevent_is_there() -> None:
     assert find_spec("gevent"), "no gevent for the tests: python -m pip install 'gevent>=24.10.1'"
 
@@ -109,93 +110,108 @@ from django.conf import settings
 
 settings.configure(CONCURRENCY_LIMIT={"POLICIES": {"policies": {}}})
 django.setup()
-from django_concurrency_mw import backends, conf, health
-from django_concurrency_mw.backends import BackendConfig, host, redis
+from django_concurrency_mw import conf, health
+from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.host import bells
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.backends.redis import connecting
+
 
 class Away(MemoryBackend):
     def probe(self):
         raise OSError("it is away")
 
-away = Away(BackendConfig("away", "memory"))
 
 from gevent import monkey
 
 monkey.patch_all()
-import gevent, socket
+import gevent, socket, traceback
 from time import monotonic
 
 conf.current()
 
 
-def used_up(seconds):
-    end = monotonic() + seconds
+def probes():
+    away, turns, end = Away(BackendConfig("away", "memory")), 0, monotonic() + 3 * health.PROBE_EVERY
+    health.failed(away, OSError("away"), monotonic())
     while monotonic() < end:
+        gevent.sleep(0.001)
+        turns += 1
+    assert away.failure is not None
+    assert turns > 20, turns
+
+
+def rings():
+    post, turns = bells._Post(), []
+    gevent.spawn(turns.append, 1)
+    for _ in range(1000):
+        bells._send(post.number)
+    assert not turns
+
+
+def asks():
+    ours, theirs = socket.socketpair()
+    bounded = connecting.DeadlineSocket(ours, monotonic() + 0.05, 0.05)
+
+    def talk():
+        heard = [bounded.recv(1), bounded.recv(1)]
+        bounded.sendall(b"x")
+        try:
+            bounded.recv(1)
+        except TimeoutError:
+            heard.append(b"late")
+        return heard
+
+    talking = gevent.spawn(talk)
+    gevent.sleep(0)
+    theirs.sendall(b"a")
+    end = monotonic() + 0.2
+    while monotonic() < end:  # nobody else has a turn
         pass
-"""
-
-
-def test_a_store_that_is_away_stops_no_greenlet(run_python: Run) -> None:
-    """Its probe naps, in what was a thread when the site was loaded."""
-    script = """
-health.failed(away, OSError("away"), monotonic())
-turns, end = 0, monotonic() + 4 * health.PROBE_EVERY
-while monotonic() < end:
-    gevent.sleep(0.001)
-    turns += 1
-assert away.failure is not None
-assert turns > 20, turns
-"""
-    done = run_python("-c", WHEN_PATCHED_LATE + script)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_bell_is_rung_without_giving_up_the_turn(run_python: Run) -> None:
-    """It may be rung from anywhere, and its receiver's queue may be full."""
-    script = """
-post, turns = bells._Post(), []
-gevent.spawn(turns.append, 1)
-for _ in range(1000):
-    bells._send(post.number)
-assert not turns
-"""
-    done = run_python("-c", WHEN_PATCHED_LATE + script)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_turns_of_others_are_not_held_against_a_redis(run_python: Run) -> None:
-    """A greenlet's next step is not refused, as its time had gone by before it had its turn; a silent server is."""
-    script = """
-ours, theirs = socket.socketpair()
-bounded = connecting.DeadlineSocket(ours, monotonic() + 0.05, 0.05)
-
-def talk():
-    heard = [bounded.recv(1), bounded.recv(1)]
-    bounded.sendall(b"x")
+    gevent.sleep(0)
+    theirs.sendall(b"b")
+    assert talking.get(timeout=60) == [b"a", b"b", b"late"]
+    bounded.deadline = monotonic() - connecting.STEPS
+    theirs.sendall(b"c")
     try:
         bounded.recv(1)
     except TimeoutError:
-        heard.append(b"late")
-    return heard
-
-talking = gevent.spawn(talk)
-gevent.sleep(0)
-theirs.sendall(b"a")
-used_up(0.2)
-gevent.sleep(0)
-theirs.sendall(b"b")
-with gevent.Timeout(60):
-    assert talking.get() == [b"a", b"b", b"late"]
-bounded.deadline = monotonic() - connecting.STEPS
-theirs.sendall(b"c")
-try:
-    bounded.recv(1)
-except TimeoutError:
-    pass
-else:
+        return
     raise AssertionError("it goes on for ever")
+
+
+for check in (probes, rings, asks):
+    print(check.__name__)
+    try:
+        with gevent.Timeout(20):
+            check()
+    except BaseException:
+        print(traceback.format_exc())
 """
-    done = run_python("-c", WHEN_PATCHED_LATE + script)
+
+
+@pytest.fixture(scope="module")
+def found(run_python: Run) -> dict[str, str]:
+    """What each check has to complain of, in a process that has loaded the site before it was patched."""
+    done = run_python("-c", WHEN_PATCHED_LATE)
     assert done.returncode == 0, done.stderr
+    names = ("probes", "rings", "asks")
+    parts = re.split(rf"^({'|'.join(names)})$", done.stdout, flags=re.MULTILINE)
+    complaints = dict(zip(parts[1::2], map(str.strip, parts[2::2]), strict=True))
+    assert set(complaints) == set(names)
+    return complaints
+
+
+def test_a_store_that_is_away_stops_no_greenlet(found: dict[str, str]) -> None:
+    """Its probe naps, in what was a thread when the site was loaded."""
+    assert not found["probes"]
+
+
+def test_a_bell_is_rung_without_giving_up_the_turn(found: dict[str, str]) -> None:
+    """It may be rung from anywhere, and its receiver's queue may be full."""
+    assert not found["rings"]
+
+
+def test_the_turns_of_others_are_not_held_against_a_redis(found: dict[str, str]) -> None:
+    """A greenlet's next step is not refused, as its time had gone by before it had its turn; a silent server is."""
+    assert not found["asks"]
