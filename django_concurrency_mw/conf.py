@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
+from . import afresh
 from .backends import DEFAULT_BACKEND, DEFAULT_PREFIX, BackendConfig, BaseBackend, get_backend, worker_suffix
 from .client import TrustedProxies
 from .exceptions import ConfigurationError, Problem, shown
@@ -102,6 +103,7 @@ def _known(raw: object) -> Config | None:
 def _begin(raw: object) -> Config:
     """This setting is in force in this process from now on, and its file is watched; no other is any more."""
     global _current, _prepared, _watch
+    afresh.begin_if_patched()
     with _changing:
         if _current is not None and _current[0] is raw:  # another thread was first
             return _current[1]
@@ -123,7 +125,7 @@ def _forked() -> None:
     _changing = threading.RLock()  # a thread that is not in the child may have held it
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)
 
 
 class _Owner:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -16,6 +15,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.functional import LazyObject, empty
 
+from . import afresh
 from .bells import Bell
 from .effects import Ask, Claim, Effect, Enter, Give, LoadUser, Notify, Queue, Steps, Take, Wait
 from .keeper import keeper
@@ -42,7 +42,7 @@ def _forked() -> None:
     _waiting.clear()
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)
 
 
 def run(steps: Steps[T]) -> T:

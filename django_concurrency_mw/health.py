@@ -8,14 +8,14 @@ by the thread that probes: one for each store that fails, which ends when it wor
 from __future__ import annotations
 
 import logging
-import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
-from . import signals
+from . import afresh, signals
 from .backends.base import BaseBackend
 from .exceptions import BackendError, PermanentBackendError
 from .policies import Policy
@@ -63,7 +63,7 @@ def _mend(known: weakref.ref[BaseBackend], error: Exception) -> None:
         except BaseException as still:  # whatever a store raises: without this thread it would be left alone for ever
             _instead(store, still, said)
         del store
-        sleep(PROBE_EVERY)
+        time.sleep(PROBE_EVERY)
     else:
         return
     _carefully(store, store.recovered)
@@ -157,4 +157,4 @@ def _forked() -> None:
     _probes.clear()
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
-from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
+from . import afresh
 from .outcomes import Slot
 
 logger = logging.getLogger("django_concurrency_mw")
@@ -63,14 +63,14 @@ class Keeper:
     def __init__(self) -> None:
         self._renew: Renew = lambda leases, now: _FOREVER
         self._forked()
-        os.register_at_fork(after_in_child=self._forked)
+        afresh.begin_with(self._forked)
         atexit.register(self.flush)
 
     def _forked(self) -> None:
         #: Another object in every process: a lease that was made under another epoch is a parent's.
         self.epoch = object()
         self._live: dict[int, Kept] = {}
-        self._inbox: SimpleQueue[Kept | None] = SimpleQueue()
+        self._inbox: queue.SimpleQueue[Kept | None] = queue.SimpleQueue()
         self._owed: deque[_Owed] = deque()
         self._wakes_at = _FOREVER
         self._thread: threading.Thread | None = None
@@ -183,12 +183,12 @@ class Keeper:
                 thread.start()
                 self._thread = thread
 
-    def _run(self, inbox: SimpleQueue[Kept | None]) -> None:
+    def _run(self, inbox: queue.SimpleQueue[Kept | None]) -> None:
         while True:
             left = self._wakes_at - monotonic()
             try:
                 abandoned = inbox.get(timeout=None if left == _FOREVER else max(0.0, left))
-            except Empty:
+            except queue.Empty:
                 abandoned = None
             try:
                 with self._working:

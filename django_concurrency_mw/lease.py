@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import health, notices, renewals, signals
+from . import afresh, health, notices, renewals, signals
 from .backends.base import BaseBackend, age_of
 from .bells import Bell
 from .drivers import arun, run
@@ -63,7 +62,7 @@ def _marked() -> Iterator[None]:
         _standing_in.pop()
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)
 keeper.renew_with(renewals.renew)
 health.before_recovery(renewals.recount)
 

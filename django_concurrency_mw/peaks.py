@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Final
 
+from . import afresh
 from .backends.base import PROBE, BaseBackend
 from .keeper import keeper
 from .outcomes import Slot
@@ -138,4 +138,4 @@ def _forked() -> None:
     _noted.clear()
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from django.utils.cache import patch_vary_headers
 from django.utils.translation import get_language, get_language_bidi
 from django.utils.translation import gettext as _
 
+from . import afresh
 from .effects import Ask, Steps
 from .keys import callable_of, masked
 from .outcomes import LimitField, Rejection, Verdict
@@ -220,7 +220,7 @@ class _Sampled:
 
 
 _sampled = _Sampled()
-os.register_at_fork(after_in_child=_sampled.forget)
+afresh.begin_with(_sampled.forget)
 
 
 def log(policy: Policy, key: str, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
+from .. import afresh
 from ..exceptions import did_you_mean
 from .base import DEFAULT_PREFIX, BackendConfig, BaseBackend, Holder, has_host, worker_suffix
 
@@ -45,7 +45,7 @@ def _forked() -> None:
     _making = threading.Lock()  # a thread that is not in the child may have held it
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)
 
 
 def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:

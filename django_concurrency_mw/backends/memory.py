@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from django.core.exceptions import ImproperlyConfigured
 
+from .. import afresh
 from ..bells import Bell
 from ..exceptions import BackendError
 from ..outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
@@ -397,4 +398,4 @@ def _forget_all(stores: Iterable[MemoryBackend] = _stores) -> None:
         store._forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+afresh.begin_with(_forget_all)

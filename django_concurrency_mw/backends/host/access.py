@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import errno
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from threading import RLock
-from time import monotonic, monotonic_ns, sleep
+from time import monotonic, monotonic_ns
 from typing import Any, Final, TypeVar
 
 from ...exceptions import BackendError
@@ -93,7 +94,7 @@ class Access:
         """Let go of everything. In a forked child: the locks are the parent's, and end with its own descriptor only."""
         fds = (self._fd, self._former_fd)
         self._fd = self._former_fd = -1
-        self._mutex = RLock()  # a thread that is not in the child may have held it
+        self._mutex = threading.RLock()  # a thread that is not in the child may have held it
         self._inside = False
         self._table: Table | None = None
         #: The table of a file that is not there any more, and its descriptor if that is still ours: while we live there,
@@ -127,7 +128,7 @@ class Access:
                 while reply is _NOT_NOW:
                     if monotonic() > end:
                         raise StaysLocked.of(self._path)
-                    sleep(nap)
+                    time.sleep(nap)
                     nap = min(nap * 1.5, LONGEST_NAP)
                     reply = self._attempt(work, argument, True)
         finally:

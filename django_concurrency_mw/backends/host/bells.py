@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from ... import afresh
 from ...bells import Bell
 from .layout import QUEUED
 
@@ -59,6 +60,7 @@ class _Post:
         # Not a name of the kernel's choice: those are soon another program's.
         self.number = int.from_bytes(os.urandom(8), "little") or 1
         try:
+            self.socket.setblocking(False)  # a patched socket takes no notice of SOCK_NONBLOCK
             self.socket.bind(_name(self.number))
         except BaseException:
             self.socket.close()
@@ -283,4 +285,4 @@ def _forked() -> None:
     _of_loops.clear()
 
 
-os.register_at_fork(after_in_child=_forked)
+afresh.begin_with(_forked)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 
+from ... import afresh
 from ...bells import Bell
 from ...exceptions import PermanentBackendError, did_you_mean, shown
 from ...outcomes import QueueReply, Slot, TakeReply
@@ -219,4 +220,4 @@ def _forget_all() -> None:
         store._forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+afresh.begin_with(_forget_all)

@@ -6,9 +6,10 @@ Operators come so, at any time: a visit makes no file, wipes nothing, needs no p
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, monotonic_ns, sleep
+from time import monotonic, monotonic_ns
 from typing import Final, TypeVar
 
 from ...exceptions import BackendError
@@ -56,4 +57,4 @@ def _lock(fd: int, path: Path) -> None:
     while not try_lock(fd):
         if monotonic() > end:
             raise StaysLocked.of(path)
-        sleep(LONGEST_NAP)
+        time.sleep(LONGEST_NAP)

@@ -24,6 +24,7 @@ from redis.connection import AbstractConnection, parse_url
 from redis.exceptions import ConnectionError, ResponseError
 from redis.retry import Retry
 
+from ...afresh import are_greenlets
 from ..base import BackendConfig
 from . import tls
 from .errors import is_demoted
@@ -34,6 +35,8 @@ DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
 DEFAULT_TIMEOUT = 0.25
 #: Seconds that a call by hand may take.
 BY_HAND = 5.0
+#: Of greenlets each step may take the time of a call, and a call so many of these in all.
+STEPS = 20
 SCHEMES = ("redis://", "rediss://", "unix://")
 #: Those that a Cluster can be made of: a node tells a host and a port of the others.
 CLUSTER_SCHEMES = ("redis://", "rediss://")
@@ -280,18 +283,20 @@ def _check_options(options: Mapping[str, Any], connection_class: type, place: st
 
 
 class DeadlineSocket:
-    """A socket whose every call has what is left until `deadline` (monotonic seconds), to within 5 percent."""
+    """A socket whose every call has what is left until `deadline` (monotonic seconds), to within 5 percent.
 
-    def __init__(self, inner: socket.socket, deadline: float) -> None:
-        self._inner, self.deadline, self._set = inner, deadline, 0.0
+    A greenlet that waits comes to its turn when all the others have had theirs, in a burst long after the reply has come: that
+    time would be held against the server. So each of its calls has `step` seconds of its own (None: there are threads).
+    """
+
+    def __init__(self, inner: socket.socket, deadline: float, step: float | None) -> None:
+        self._inner, self.deadline, self._step, self._set = inner, deadline, step, 0.0
 
     def recv(self, *arguments: Any) -> bytes:
-        self._bound()
-        return self._inner.recv(*arguments)
+        return in_time(self._bound, self._inner.recv, *arguments)  # type: ignore[no-any-return]  # what recv returns
 
     def recv_into(self, *arguments: Any) -> int:
-        self._bound()
-        return self._inner.recv_into(*arguments)
+        return in_time(self._bound, self._inner.recv_into, *arguments)  # type: ignore[no-any-return]  # and recv_into
 
     def sendall(self, *arguments: Any) -> None:
         self._bound()
@@ -300,16 +305,36 @@ class DeadlineSocket:
     def settimeout(self, value: float | None) -> None:
         """redis-py sets the timeout of the call to come; ours is the deadline."""
 
-    def _bound(self) -> None:
-        left = self.deadline - monotonic()
+    def _bound(self) -> float:
+        left = left_until(self.deadline, self._step)
         if not 0.95 * self._set <= left <= 1.05 * self._set:  # setting it is a system call, and mostly it stands
-            if left <= 0:
-                raise TimeoutError("the deadline has passed")
             self._inner.settimeout(left)
             self._set = left
+        return left
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+def left_until(deadline: float, step: float | None) -> float:
+    """Seconds that the next call may take. Raises: TimeoutError where that is none."""
+    left = deadline - monotonic()
+    if step is not None and left > -STEPS * step:
+        return step
+    if left <= 0:
+        raise TimeoutError("the deadline has passed")
+    return left
+
+
+def in_time(bound: Callable[[], float], call: Callable[..., Any], *arguments: Any) -> Any:
+    """Make this call, once more where it gives up too early: the timers of greenlets begin with the turn of all the others."""
+    while True:
+        left, began = bound(), monotonic()
+        try:
+            return call(*arguments)
+        except TimeoutError as error:
+            if error.errno is not None or monotonic() - began > 0.9 * left:  # the kernel's own comes once
+                raise
 
 
 def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
@@ -319,11 +344,14 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
         deadline = 0.0
 
         def _connect(self) -> Any:
-            left = self.deadline - monotonic()
-            if left <= 0:
-                raise TimeoutError("the deadline has passed")
-            self.socket_connect_timeout = self.socket_timeout = left  # the latter for the handshake of TLS
-            self.bounded_socket = DeadlineSocket(super()._connect(), self.deadline)
+            step = self.socket_timeout if are_greenlets() else None
+
+            def bound() -> float:
+                left = left_until(self.deadline, step)
+                self.socket_connect_timeout = self.socket_timeout = left  # the latter for the handshake of TLS
+                return left
+
+            self.bounded_socket = DeadlineSocket(in_time(bound, super()._connect), self.deadline, step)
             return self.bounded_socket
 
         def until(self, deadline: float) -> None:

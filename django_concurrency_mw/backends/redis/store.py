@@ -23,6 +23,7 @@ from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
 from redis.exceptions import RedisError, ResponseError
 
+from ... import afresh
 from ...bells import Bell
 from ...exceptions import BackendError
 from ...keeper import keeper
@@ -418,4 +419,4 @@ def _forget_all() -> None:
         store._forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+afresh.begin_with(_forget_all)

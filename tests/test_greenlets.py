@@ -1,0 +1,217 @@
+"""gunicorn's gevent worker: threads are greenlets there, and nothing of ours stops them all, or lets too many in."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import signal
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import TimeoutExpired
+from time import sleep
+from typing import Any
+
+import pytest
+
+from .chaos import LONG
+from .conftest import Run
+from .redis_server import RedisServer
+from .support import backend_entry, wait_until
+from .test_queueing import WAITING
+from .test_waiting_servers import Server, serving
+
+CAP, CROWD, TTL, GRACE = 5, 200, 1.0, 1
+#: The site is loaded after the worker has patched, as usual; or by the master: before the worker patches, or, where gunicorn's
+#: own file patches, after that.
+PRELOADED = {"no": [], "before the patch": ["--preload"], "after the patch": ["--preload", "--config"]}
+PAIRS = [(store, how) for store in WAITING for how in PRELOADED]
+if not LONG:
+    PAIRS = [pair for pair in PAIRS if pair in (("host", "no"), ("redis", "before the patch"))] or PAIRS[:2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gevent_is_there() -> None:
+    assert find_spec("gevent"), "no gevent for the tests: python -m pip install 'gevent>=24.10.1'"
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    return backend_entry(request.param, request, prefix, tmp_path)
+
+
+def _options(folder: Path, preloaded: str) -> list[str]:
+    options = list(PRELOADED[preloaded])
+    if "--config" in options:
+        file = folder / "gunicorn.conf.py"
+        file.write_text("from gevent import monkey\n\nmonkey.patch_all()\n")
+        options.append(str(file))
+    return ["--worker-class", "gevent", "--workers", "1", "--graceful-timeout", str(GRACE), *options]
+
+
+@pytest.mark.parametrize(("backend", "preloaded"), PAIRS, indirect=["backend"])
+def test_greenlets_are_admitted_wait_are_renewed_and_end(
+    tmp_path: Path, backend: dict[str, Any], preloaded: str, redis_server: RedisServer
+) -> None:
+    with serving(
+        "gunicorn",
+        tmp_path,
+        *_options(tmp_path, preloaded),
+        backend=backend,
+        waiters=CROWD,
+        max_concurrent=CAP,
+        wait=60,
+        max_waiting=CROWD,
+        ttl=TTL,
+        on_backend_error="deny",
+    ) as server:
+        _come_at_once(server)
+        _stay_and_are_told_to_end(server)
+        if backend["BACKEND"] == "redis":
+            assert redis_server.held(backend["KEY_PREFIX"]) == 0, "those that were cut off gave back"
+
+
+def _come_at_once(server: Server) -> None:
+    with ThreadPoolExecutor(CROWD) as clients:
+        statuses = Counter(status for status, _ in clients.map(server.get, ["/stays/?for=20"] * CROWD))
+    print(f"{statuses}, {server.seen()}")
+    assert statuses == {200: CROWD}
+    assert server.seen().most == CAP, "never above the cap, and reached"
+    assert wait_until(server.is_empty), server.line()
+
+
+def _stay_and_are_told_to_end(server: Server) -> None:
+    def ask() -> None:
+        with suppress(OSError, http.client.HTTPException):
+            server.get("/stays/?for=60000")
+
+    with ThreadPoolExecutor(2 * CAP) as clients:
+        for _ in range(2 * CAP):
+            clients.submit(ask)
+        try:
+            assert wait_until(lambda: server.line() == {"held": ["cap"] * CAP, "waiting": CAP}), server.line()
+            sleep(1.5 * TTL)  # a lease that nobody renews ends meanwhile, and one who waits comes in
+            assert server.line() == {"held": ["cap"] * CAP, "waiting": CAP}
+            assert server.seen().most == CAP
+        finally:
+            server.process.send_signal(signal.SIGTERM)
+            try:
+                server.process.wait(GRACE + 20)
+            except TimeoutExpired:
+                server.process.kill()
+                pytest.fail("it is still there")
+
+
+WHEN_PATCHED_LATE = """
+import django
+from django.conf import settings
+
+settings.configure(CONCURRENCY_LIMIT={"POLICIES": {"policies": {}}})
+django.setup()
+from django_concurrency_mw import conf, health
+from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.host import bells
+from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.backends.redis import connecting
+
+
+class Away(MemoryBackend):
+    def probe(self):
+        raise OSError("it is away")
+
+
+from gevent import monkey
+
+monkey.patch_all()
+import gevent, socket, traceback
+from time import monotonic
+
+conf.current()
+
+
+def probes():
+    away, turns, end = Away(BackendConfig("away", "memory")), 0, monotonic() + 3 * health.PROBE_EVERY
+    health.failed(away, OSError("away"), monotonic())
+    while monotonic() < end:
+        gevent.sleep(0.001)
+        turns += 1
+    assert away.failure is not None
+    assert turns > 20, turns
+
+
+def rings():
+    post, turns = bells._Post(), []
+    gevent.spawn(turns.append, 1)
+    for _ in range(1000):
+        bells._send(post.number)
+    assert not turns
+
+
+def asks():
+    ours, theirs = socket.socketpair()
+    bounded = connecting.DeadlineSocket(ours, monotonic() + 0.05, 0.05)
+
+    def talk():
+        heard = [bounded.recv(1), bounded.recv(1)]
+        bounded.sendall(b"x")
+        try:
+            bounded.recv(1)
+        except TimeoutError:
+            heard.append(b"late")
+        return heard
+
+    talking = gevent.spawn(talk)
+    gevent.sleep(0)
+    theirs.sendall(b"a")
+    end = monotonic() + 0.2
+    while monotonic() < end:  # nobody else has a turn
+        pass
+    gevent.sleep(0)
+    theirs.sendall(b"b")
+    assert talking.get(timeout=60) == [b"a", b"b", b"late"]
+    bounded.deadline = monotonic() - connecting.STEPS
+    theirs.sendall(b"c")
+    try:
+        bounded.recv(1)
+    except TimeoutError:
+        return
+    raise AssertionError("it goes on for ever")
+
+
+for check in (probes, rings, asks):
+    print(check.__name__)
+    try:
+        with gevent.Timeout(20):
+            check()
+    except BaseException:
+        print(traceback.format_exc())
+"""
+
+
+@pytest.fixture(scope="module")
+def found(run_python: Run) -> dict[str, str]:
+    """What each check has to complain of, in a process that has loaded the site before it was patched."""
+    done = run_python("-c", WHEN_PATCHED_LATE)
+    assert done.returncode == 0, done.stderr
+    names = ("probes", "rings", "asks")
+    parts = re.split(rf"^({'|'.join(names)})$", done.stdout, flags=re.MULTILINE)
+    complaints = dict(zip(parts[1::2], map(str.strip, parts[2::2]), strict=True))
+    assert set(complaints) == set(names)
+    return complaints
+
+
+def test_a_store_that_is_away_stops_no_greenlet(found: dict[str, str]) -> None:
+    """Its probe naps, in what was a thread when the site was loaded."""
+    assert not found["probes"]
+
+
+def test_a_bell_is_rung_without_giving_up_the_turn(found: dict[str, str]) -> None:
+    """It may be rung from anywhere, and its receiver's queue may be full."""
+    assert not found["rings"]
+
+
+def test_the_turns_of_others_are_not_held_against_a_redis(found: dict[str, str]) -> None:
+    """A greenlet's next step is not refused, as its time had gone by before it had its turn; a silent server is."""
+    assert not found["asks"]
