@@ -117,6 +117,7 @@ def test_while_it_moves_nobody_joins_a_line_and_who_asks_first_has_what_is_free(
     assert places(store) == {first.slots[0].token: 1}
     assert isinstance(late.ask(), Queued)
     assert wait_until(lambda: listens_at(store, move.target))
+    assert isinstance(first.ask(), Queued)  # as above
     assert places(store) == {first.slots[0].token: 1, late.slots[0].token: 2}
     holder.give()
     assert wait_until(first.holds)

@@ -342,6 +342,7 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
 
     class Bounded(connection_class):  # type: ignore[misc,valid-type]  # chosen at run time
         deadline = 0.0
+        socket_timeout: Any
 
         def _connect(self) -> Any:
             step = self.socket_timeout if are_greenlets() else None
