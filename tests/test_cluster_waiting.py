@@ -22,7 +22,7 @@ from .chaos import LONG
 from .cluster_load import CAP, Load
 from .redis_cluster import Node, RedisCluster
 from .support import wait_until
-from .test_redis_waiting import ask_from_the_grave
+from .test_redis_waiting import ask_from_the_grave, without_wait
 from .test_waiting import Client, settled
 
 HALVES = ["threads", "loop"]
@@ -232,6 +232,48 @@ def test_while_it_moves_nobody_comes_back_and_nothing_is_taken_back(
     for one in (deaf, behind, gone):
         one.ask()
     assert places(store) == {deaf.slots[0].token: 1, behind.slots[0].token: 2}
+
+
+def test_while_it_moves_a_slot_is_claimed_whoever_waits(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str
+) -> None:
+    """What says that somebody does is at the other node."""
+    holder, heir = client("a"), without_wait(client("a"))
+    holder.take()
+    move = redis_cluster.begin_move(prefix)
+    for key in move.left():
+        if "!waits" in key:
+            move.key(key)
+    assert store.claim([*zip(holder.slots, heir.slots, strict=True)])
+    assert len(store._keys.give(heir.slots)) > 1
+    move.all_keys()
+    move.finish()
+    assert heir.holds()
+
+
+def test_while_it_moves_what_one_has_to_give_up_is_for_whoever_asks_first(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str
+) -> None:
+    """It was let in to both, and the shorter lease ended before it asked; the line of the other one is at another node."""
+    first, second, third, behind = client("a"), *[client("b", limit=2) for _ in range(3)]
+    both, other = client("a", "b"), client("a")
+    both.slots = (replace(both.slots[0], ttl=0.05, memo=[]), replace(both.slots[1], limit=2, memo=[]))
+    for one in (first, second, third, both):
+        one.ask()
+    first.give()
+    third.give()
+    assert wait_until(both.holds)
+    assert isinstance(behind.ask(), Queued)
+    assert wait_until(lambda: isinstance(other.take(), Taken))
+    move = redis_cluster.begin_move(prefix)
+    for key in move.left():
+        if "!queue" in key:
+            move.key(key)
+    assert isinstance(both.ask_for_the_last_time(), Full)
+    assert not both.holds()
+    assert isinstance(behind.ask(), Taken)
+    move.all_keys()
+    move.finish()
 
 
 def test_moving_to_and_fro_under_a_load_that_waits(
