@@ -24,5 +24,5 @@ for i, key in ipairs(KEYS) do
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
   end
 end
-if redis.call('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits') >= 0 then return 2 end
+if KEYS[1] and redis.call('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits') >= 0 then return 2 end
 return 1
