@@ -73,6 +73,9 @@ def store(request: pytest.FixtureRequest) -> Iterator[BaseBackend]:
 
 
 class TestClaim:
+    def test_of_nothing_it_is_done_at_once(self, store: BaseBackend) -> None:
+        assert store.claim([])
+
     def test_the_new_one_takes_the_place_of_the_old_one(self, store: BaseBackend) -> None:
         old, new = slot("old", cost=3), slot("new", cost=3, path="task")
         store.take([old])

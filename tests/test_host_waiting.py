@@ -459,7 +459,10 @@ class TestWhatNobodyTellsOf:
                 one.give()
                 one.bell.close()
 
-    def test_the_turn_of_one_who_leaves_is_the_next_ones(self, store: HostBackend, clock: Clock) -> None:
+    def test_the_turn_of_one_who_leaves_is_the_next_ones(
+        self, store: HostBackend, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(watch, "random", lambda: 0.0)  # as late as may be
         holder, first, second, third = (Client(store, "a") for _ in range(4))
         holder.ask()
         assert [asks(one) for one in (first, second, third)] == pytest.approx([0.1, 0.2, 0.3])

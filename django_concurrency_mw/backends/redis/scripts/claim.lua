@@ -24,6 +24,7 @@ for i, key in ipairs(KEYS) do
     if redis.call('PTTL', key) < lease then redis.call('PEXPIRE', key, lease) end
   end
 end
+if not KEYS[1] then return 1 end
 local left = redis.pcall('PTTL', string.match(KEYS[1], '^[^}]*}:1:') .. '!waits')
 if type(left) == 'table' or left >= 0 then return 2 end -- of a slot that moves nobody knows: see `moves`
 return 1
