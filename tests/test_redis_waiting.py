@@ -758,6 +758,7 @@ class TestTheEar:
         for one in others:
             one.give()
             one.bell.close()
+            settled(one.store)
 
     def test_nothing_is_taken_from_who_was_counted_again(self, store: RedisBackend, client: Make) -> None:
         """By a server that had heard of its wait, but not of its end: it lets it in once more, or comes to it in its line."""
