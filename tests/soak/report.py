@@ -85,7 +85,8 @@ class Report:
         ]
         for name, count in self.counts.items():
             lines.append(
-                f"  {name:15} {count.admitted} admitted {dict(count.states)}, most in flight {count.most}, "
+                f"  {name:15} {count.admitted} admitted {dict(count.states)}, most in flight {count.most} "
+                f"({count.most_of_the_store} of the store's), "
                 f"limit {BOUNDS[name]}"
             )
             lines += [

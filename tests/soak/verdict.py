@@ -38,8 +38,9 @@ class Count:
     admitted: int = 0
     #: By the word with which they were let in.
     states: dict[str, int] = field(default_factory=dict)
-    #: Slots in use at once, all together.
+    #: Slots in use at once: all together, and those that the store counted.
     most: int = 0
+    most_of_the_store: int = 0
     #: Seconds with more than the limit, by the exception of the promise that says so: a, b, d, or broken.
     above: dict[str, float] = field(default_factory=dict)
     #: What nothing excuses.
@@ -114,6 +115,7 @@ def _enter(policy: _Policy, event: Event, known: Known) -> None:
             policy.count.broken.append(_told(policy, event, own, " of one process, which counts by itself,"))
         return
     counted = _sum(_of_the_store(policy, event.at, known))
+    policy.count.most_of_the_store = max(policy.count.most_of_the_store, counted)
     if counted <= policy.limit or _is_late(event, event.at, known):
         return
     if any(first <= event.at <= last for first, last in known.lost):
