@@ -325,6 +325,21 @@ class TestItIsMoving:
             assert wait_until(lambda: len(store.snapshot()) == 4)
         assert len(store.snapshot()) == 4
 
+    @pytest.mark.parametrize("half", HALVES)
+    def test_a_semaphore_whose_holders_have_all_lapsed_is_at_the_new_node_from_then_on(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str, half: str
+    ) -> None:
+        """The script that finds it so may go on at neither: it is asked once more."""
+        store, long, short = made(), slot(), slot(ttl=0.2)
+        store.take([long])
+        store.take([short])
+        store.give([long])
+        with moving(redis_cluster, prefix) as move:
+            assert wait_until(lambda: store.counts([short]) == [0])
+            assert move.source.held(prefix) == 1
+            assert all_of(half, store, ("take", [slot(limit=1)])) == [Taken((True,), (1,))]
+            assert (move.source.held(prefix), move.target.held(prefix)) == (0, 1)
+
     def test_peaks_wherever_they_are(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
         store = made()
         store.note({"p": 3})

@@ -168,6 +168,29 @@ def test_several_policies_wait_until_it_has_moved(
     assert wait_until(lambda: isinstance(both.ask(), Taken))
 
 
+def test_nobody_is_let_in_by_others_where_a_semaphore_may_be_missing(
+    redis_cluster: RedisCluster, store: RedisBackend, client: Make, prefix: str
+) -> None:
+    """To let in who waits for two at the new node, while one is at the old node still, would make that one there, too."""
+    holder, other, both = client("a"), client("b"), client("a", "b")
+    holder.ask()
+    other.ask()
+    assert isinstance(both.ask(), Queued)
+    move = redis_cluster.begin_move(prefix)
+    for key in move.left():
+        if ":1:b:" not in key:
+            move.key(key)
+    holder.give()
+    store._lines.hear_all()
+    assert wait_until(lambda: bool(store._leftovers)), "who is next is not let in now, but later"
+    assert move.target.held(prefix) == 0
+    move.all_keys()
+    move.finish()
+    assert isinstance(both.ask(), Queued)
+    other.give()
+    assert wait_until(lambda: isinstance(both.ask(), Taken))
+
+
 def test_moving_to_and_fro_under_a_load_that_waits(
     redis_cluster: RedisCluster, store: RedisBackend, prefix: str
 ) -> None:
@@ -209,5 +232,6 @@ def test_moving_to_and_fro_under_a_load_that_waits(
     assert load.errors == []
     assert load.full == 0
     assert 0 < load.most <= CAP
-    assert wait_until(lambda: redis_cluster.held(prefix) == 0), redis_cluster.held(prefix)
+    # One who was let in while it moved may be let in once more before its line has heard that it left: for 5 s, by itself.
+    assert wait_until(lambda: store.snapshot() == [], 20), store.snapshot()
     assert wait_until(lambda: store.waiters() == [])

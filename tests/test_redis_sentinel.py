@@ -27,7 +27,7 @@ from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
 from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.limiter import store_of
-from django_concurrency_mw.outcomes import Slot, Taken
+from django_concurrency_mw.outcomes import Queued, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
 from .chaos import LONG
@@ -36,6 +36,7 @@ from .redis_server import RedisServer
 from .redis_trio import MASTER_NAME, SentinelServer, Trio, trio
 from .servers import free_port
 from .support import Limits, await_until, exit_code, wait_until, works_again
+from .test_waiting import Client
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +306,23 @@ class TestTheMasterIsAnother:
             after()
         assert wait_until(lambda: three.master.held(prefix) == 2)
         assert store.counts([kept]) == [1]
+
+    def test_who_waits_is_told_by_the_new_one(self, three: Trio, store: RedisBackend, prefix: str) -> None:
+        holder, waiter = Client(store, "a"), Client(store, "a")
+        holder.ask()
+        assert isinstance(waiter.ask(), Queued)
+        with three.replica.client() as client:
+            assert wait_until(lambda: bool(client.exists(store._keys.waiter(waiter.slots[0].token.encode()))))
+        self.demote(three, self.switch(three))
+        assert isinstance(waiter.ask(), Queued)
+        ear = store._ear
+        assert wait_until(lambda: ear._conn is not None and ear._hears and ear._conn.port == three.master_port)
+        waiter.bell.wait(0)
+        holder.give()
+        waiter.hear()
+        assert isinstance(waiter.ask(), Taken)
+        waiter.give()
+        waiter.bell.close()
 
     def test_one_that_takes_itself_for_it_still_is_left(self, three: Trio, store: RedisBackend, prefix: str) -> None:
         """By threads and loops, when the keeper looks; and who was counted there alone is counted again."""

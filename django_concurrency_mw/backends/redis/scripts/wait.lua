@@ -51,7 +51,10 @@ if not any then
   for i, slot in ipairs(one.slots) do
     if not full[i] then line.hold(slot, slot.lease) end
   end
-  if away then return reply(0) end
+  if away then -- whoever walks along its lines finds it gone, if its record is here; else its release says so, later
+    redis.pcall('PEXPIRE', record(one.slots[1].key, token), 0)
+    return reply(0)
+  end
   local left, list = line.leave(one, {}), reply(0)
   line.grant(left)
   return list
