@@ -14,7 +14,7 @@ from .soak.__main__ import main
 from .soak.day import one_day
 from .soak.events import Event, inside, read
 from .soak.fleet import Fleet
-from .soak.report import Report
+from .soak.report import LONG_ENOUGH, Report
 from .soak.sampling import JUDGED, WARM_UP, Life
 from .soak.stages import Change
 from .soak.verdict import Count, Known, judge, never_left
@@ -173,6 +173,17 @@ def test_workers_that_grow_are_found(
     report.lives = [Life("gunicorn", (1, 2), seconds, megabytes, descriptors)]
     assert says in " ".join(report.broken)
     assert bool(report.broken) == bool(says)
+
+
+def test_a_long_one_looks_at_workers_of_each_server() -> None:
+    report = kept()
+    report.lives = [
+        Life("gunicorn", (1, 2), 200, (100, 100), (40, 40)),
+        Life("uvicorn", (3, 4), 9, (100, 100), (40, 40)),
+    ]
+    assert report.broken == []
+    report.seconds = LONG_ENOUGH
+    assert report.broken == ["only of ['gunicorn'] workers lived long enough to be looked at"]
 
 
 def kept() -> Report:

@@ -109,23 +109,20 @@ def one_day(place: Stage, fleet: Fleet, clients: int, report: Report) -> None:
     day = Day(place, fleet, report.seconds)
     try:
         day.pass_by()
-    except (AssertionError, OSError, redis.RedisError) as error:
+    except Exception as error:
         report.wrong.append(f"something could not be done: {type(error).__name__}: {error}")
     finally:
         crowd.stop()
         sampler.stop()
     _look_at_what_is_left(place, fleet, report)
-    report.answers, report.left, report.again, report.slowest = (
-        dict(crowd.statuses),
-        crowd.left,
-        crowd.again,
-        crowd.slowest,
-    )
+    report.answers, report.slowest = dict(crowd.statuses), crowd.slowest
+    report.left, report.again = crowd.left, crowd.again
     report.failures = [f"at {at - began:.1f} s {said}" for at, said in crowd.failures]
     report.lives = sampler.lives()
     alive = {pid for server in fleet.servers.values() for pid in server.workers()}
-    ended = {pid: seen for pid, seen in sampler.seen.items() if pid not in alive} | fleet.killed
     found = read(fleet.events)
+    wrote = {event.pid: event.at for event in found}  # the last time, as they are in their order
+    ended = {pid: at for pid, at in {**wrote, **sampler.seen}.items() if pid not in alive} | fleet.killed
     if left := never_left(found, ended):
         report.wrong.append(f"{left} slots were entered with and never left")
     report.counts = judge(found, Known(BOUNDS, fleet.ttl, day.lost(), fleet.stopped, ended))

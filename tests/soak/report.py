@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .fleet import BOUNDS
-from .sampling import Life
+from .sampling import JUDGED, WARM_UP, Life
 from .verdict import Count
 
+#: Seconds of load after which workers of each server have been looked at.
+LONG_ENOUGH = 3 * (WARM_UP + JUDGED)
 WHY = {
     "a": "(a) the store had lost its state",
     "b": "(b) beside a process that stood still",
@@ -69,6 +71,9 @@ class Report:
         for life in self.lives:
             if life.is_judged and not life.is_flat:
                 said.append(f"{life.server} {life.pids} grows: {life.megabytes} MB, {life.descriptors} descriptors")
+        judged = {life.server for life in self.lives if life.is_judged}
+        if self.seconds >= LONG_ENOUGH and judged != {life.server for life in self.lives}:
+            said.append(f"only of {sorted(judged)} workers lived long enough to be looked at")
         return said
 
     def as_json(self) -> dict[str, Any]:
