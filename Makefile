@@ -5,16 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What else has a long form.
-LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis redis_sentinel cluster cluster_failover cluster_waiting memory host decorators lifetime keys shadow renewals greenlets))
+LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis redis_sentinel cluster cluster_failover cluster_waiting memory host decorators lifetime keys shadow renewals greenlets soak))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-redis test chaos test-all check docs schema clean
+.PHONY: help demo demo-redis test chaos soak test-all check docs schema clean
 
 help:
 	@echo "make demo        start the example site under real servers, send bursts, see the caps hold"
 	@echo "make demo-redis  the same on two servers at once, with one Redis and one cap (needs redis-server)"
 	@echo "make test        run the test suite"
 	@echo "make chaos       all of the chaos suite, of which make test runs a part (ten minutes)"
+	@echo "make soak        a day in production: servers and Redis that fail over for ten minutes, and a report"
 	@echo "make test-all    run it on every supported Python and Django, and with every redis-py (half an hour)"
 	@echo "make check       ruff, mypy, import-linter, and the docs"
 	@echo "make docs        build the docs into docs/_build/html; a wrong reference is an error"
@@ -33,6 +34,10 @@ test: $(VENV)/.dev-stamp
 # Ports, files and processes are its own, so it can run beside other things; it wants an idle machine all the same.
 chaos: $(VENV)/.dev-stamp
 	@CHAOS=long $(BIN)/python -m pytest tests/chaos $(LONG)
+
+# One store, or shorter: make soak SOAK="--only cluster --seconds 120"
+soak: $(VENV)/.dev-stamp
+	@$(BIN)/python -m tests.soak $(SOAK)
 
 # One session of it: make test-all NOX="-s redis"
 test-all: $(VENV)/.dev-stamp
