@@ -757,6 +757,7 @@ class TestTheEar:
         for one in others:
             one.give()
             one.bell.close()
+            settled(one.store)
 
     def test_messages_for_nobody_change_nothing(
         self, store: RedisBackend, client: Make, redis_server: RedisServer
