@@ -41,7 +41,7 @@ SERVERS: dict[str, tuple[Callable[[int], list[str]], str]] = {
     "uvicorn x2": (lambda port: uvicorn(port, "--workers", "2"), "/busy/async/"),
 }
 if not LONG:
-    del SERVERS["gunicorn gthread 2x32"]
+    del SERVERS["gunicorn gthread 2x32"], SERVERS["uvicorn x2"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..test_waiting import settled
 from . import LONG
 
 LIMITS = {"a": 2, "b": 3, "c": 1}
-HISTORIES = 200 if LONG else 8
+HISTORIES = 200 if LONG else 4
 STEPS = 120
 #: Seconds of a lease that may lapse.
 SHORT = 0.05
