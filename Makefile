@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What else has a long form.
-LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis memory host decorators lifetime keys shadow renewals))
+LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis memory host decorators lifetime keys shadow renewals queueing waiting_requests waiting_servers docs hold resilience))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-redis test chaos test-all check docs schema clean
