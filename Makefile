@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What else has a long form.
-LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis redis_sentinel cluster cluster_failover cluster_waiting memory host decorators lifetime keys shadow renewals greenlets soak))
+LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis redis_sentinel cluster cluster_failover cluster_waiting memory host decorators lifetime keys shadow renewals queueing waiting_requests waiting_servers docs hold resilience greenlets soak))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-redis test chaos soak test-all check docs schema clean

@@ -240,6 +240,26 @@ def test_a_forked_child_starts_empty(store: MemoryBackend) -> None:
     assert [holder.token for holder in store.snapshot()] == ["parent"]
 
 
+def test_two_that_a_garbage_collection_gives_back_are_free_at_once(
+    store: MemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of both lines takes both: it is not asked about the one while the other one is not free yet."""
+    old = [slot("a", token="old"), slot("b", token="old")]
+    store.take(old)
+    both, behind = [slot("a", token="both"), slot("b", token="both")], [slot("a", token="behind")]
+    for waiter in (both, behind):
+        store.queue(waiter, [9] * len(waiter), store.bell())
+
+    class Collected(memory.Held):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            store.give(old)
+
+    monkeypatch.setattr(memory, "Held", Collected)
+    store.take([slot("c", token="new")])
+    assert sorted(holder.token for holder in store.snapshot()) == ["both", "both", "new"]
+
+
 def test_a_garbage_collection_inside_a_call_may_give_back(
     store: MemoryBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,8 +232,10 @@ class MemoryBackend(BaseBackend):
 
     def _drop_late(self) -> None:
         while self._late:
-            slot = self._late.popleft()
-            self._drop([(slot.semaphore, slot.token)])
+            late = list(self._late)
+            self._drop([(slot.semaphore, slot.token) for slot in late])
+            for _ in late:  # only now: an exception may come from anywhere, and to drop twice is to drop once
+                self._late.popleft()
 
     def _fit(self, slots: Sequence[Slot], now: float) -> list[bool]:
         """Which of them may be held, or are. Those who stand before are let in first, so that it is one moment for all."""

@@ -29,7 +29,7 @@ from django_concurrency_mw.tokens import new_token
 
 from .. import killing as killing_itself
 from ..host_file import consistent, held_by_state, tokens_there
-from ..killing import PACKAGE, Killed
+from ..killing import PACKAGE, Killed, may_be_over
 from ..support import SOON, wait_until
 from . import LONG
 from .kernel_gauge import Gauge
@@ -176,12 +176,13 @@ def test_killed_at_any_bytecode_a_claim_leaves_the_old_ones_or_the_new_ones(stor
     store.take([own])
     left = set()
     store.take([old for old, _ in handed_over()])
-    for point in points_of(path, "claim"):
+    every = points_of(path, "claim")
+    for point in every:
         store.give([old for old, _ in handed_over()])  # what is left of the last time
         olds = [old for old, _ in handed_over()]
         assert store.take(olds) == Taken((True, True), (LIMIT, COST)), point
         store.detach(olds)
-        assert killed_at(point, path, "claim") == 0, "it was not killed"
+        assert killed_at(point, path, "claim") == 0 or may_be_over(point, every), "it was not killed"
         store.renew([])  # who comes next makes the index anew, and looks for nobody
         held = [tokens_there(table_of(store), policy) - {own.token} for policy in ("a", "b")]
         assert all(tokens and tokens <= {"handed", "heir"} for tokens in held), (point, held)
@@ -200,8 +201,9 @@ def test_killed_at_any_bytecode_a_claim_leaves_the_old_ones_or_the_new_ones(stor
 def test_killed_at_any_bytecode_a_hand_over_was_done_or_not(store: HostBackend, path: Path) -> None:
     store.take([slot("own")])
     left = set()
-    for point in points_of(path, "detach"):
-        assert killed_at(point, path, "detach") == 0, "it was not killed"
+    every = points_of(path, "detach")
+    for point in every:
+        assert killed_at(point, path, "detach") == 0 or may_be_over(point, every), "it was not killed"
         holders = [holder for holder in store.snapshot() if holder.policy != "own"]
         assert all((holder.pid, holder.cost, holder.token) == (None, COST, "dying") for holder in holders), point
         left.add(len(holders))

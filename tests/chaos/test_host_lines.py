@@ -23,7 +23,7 @@ from django_concurrency_mw.backends.host.table import Table
 from django_concurrency_mw.outcomes import Full, Queued, Slot, Taken
 
 from ..host_file import consistent, held_by_state
-from ..killing import PACKAGE, Killed, killed_at
+from ..killing import PACKAGE, Killed, killed_at, may_be_over
 from ..test_waiting import GLOBAL, Client
 from . import LONG
 
@@ -153,7 +153,7 @@ def test_killed_at_any_bytecode_who_gives_has_given_all_or_nothing(store: HostBa
     every = points(killed)
     done()
     for point in every:
-        assert killed(point) == 0, "it was not killed"
+        assert killed(point) == 0 or may_be_over(point, every), "it was not killed"
         first, second = clients
         store.renew([])  # who comes next makes the index anew, and looks for nobody
         assert consistent(table_of(store)) == [], point
@@ -179,8 +179,9 @@ def test_killed_at_any_bytecode_who_waits_is_in_nobodys_way(store: HostBackend, 
     holder, before, behind = Client(store, "a"), Client(store, "a"), Client(store, "a")
     holder.ask()
     assert isinstance(before.ask(), Queued)
-    for point in points(killed):
-        assert killed(point) == 0, "it was not killed"
+    every = points(killed)
+    for point in every:
+        assert killed(point) == 0 or may_be_over(point, every), "it was not killed"
         store.renew([])
         assert consistent(table_of(store)) == [], point
         behind.ask()
