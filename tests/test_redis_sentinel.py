@@ -174,6 +174,23 @@ class TestAsking:
             client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         works(store)
 
+    @pytest.mark.parametrize("half", ["threads", "loop"])
+    def test_one_that_names_a_dead_server_for_ever_is_not_the_only_one_to_be_asked(
+        self, three: Trio, make: Make, half: str
+    ) -> None:
+        """One that was started anew from its first file, or that is cut off from the others."""
+        with sentinel(f"sentinel monitor {MASTER_NAME} 127.0.0.1 {free_port()} 2") as stale:
+            store = make([url(stale), three.urls[0]])
+
+            def finds_it() -> bool:
+                try:
+                    works(store, half)
+                except BackendError:
+                    return False
+                return True
+
+            assert wait_until(finds_it, 10)
+
     def test_a_child_finds_it_whatever_its_parent_was_doing(self, three: Trio, make: Make) -> None:
         store = make(three.urls)
         with where(store)._lock():  # a thread that is not in the child asks just now

@@ -80,7 +80,7 @@ class Sentinels(Where):
         demoted = error is not None and (is_demoted(error) or is_demoted(error.__cause__))
         self._doubted = None if demoted or is_final(error) else known
         self._known = None
-        if demoted:  # who said so has not heard of it yet, or is cut off
+        if error is not None:  # who said so has not heard of it yet, is cut off, or has begun anew with an old file
             self._order.rotate(-1)
         return known.since < monotonic() - FRESH
 
