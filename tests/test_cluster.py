@@ -9,7 +9,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -22,7 +22,7 @@ from redis.exceptions import ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
-from django_concurrency_mw.backends.redis.cluster import Cluster, _node
+from django_concurrency_mw.backends.redis.cluster import MOST, Cluster, _node
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
 from django_concurrency_mw.backends.redis.redirects import Node as Address
 from django_concurrency_mw.backends.redis.store import RedisBackend
@@ -35,7 +35,7 @@ from django_concurrency_mw.tokens import new_token
 from .chaos import LONG
 from .cluster_load import CAP, Load
 from .proxy import Proxy
-from .redis_cluster import Move, RedisCluster
+from .redis_cluster import Move, Node, RedisCluster
 from .redis_server import RedisServer
 from .servers import free_port
 from .support import await_until, wait_until
@@ -168,6 +168,32 @@ class TestFindingIt:
         nobody = f"redis://127.0.0.1:{free_port()}"
         (taken,) = all_of(half, made([nobody, *redis_cluster.urls]), ("take", [slot()]))
         assert isinstance(taken, Taken)
+
+    def test_however_many_nodes_are_away_the_others_are_found(self, redis_cluster: RedisCluster, made: Make) -> None:
+        """With the next call, if not with this one: each asks a few."""
+        store = made([*(f"redis://127.0.0.1:{free_port()}" for _ in range(2 * MOST)), *redis_cluster.urls])
+
+        def finds_it() -> bool:
+            with suppress(BackendError):
+                return isinstance(store.take([slot(limit=100)]), Taken)
+            return False
+
+        assert wait_until(finds_it, 10)
+
+    @pytest.mark.parametrize("half", HALVES)
+    def test_one_that_has_lost_its_cluster_is_passed_over(
+        self, redis_cluster: RedisCluster, made: Make, half: str
+    ) -> None:
+        """Its file is gone, say, and it knows of no other: it answers, but with nobody."""
+        alone = Node(1000)
+        try:
+            store = made([alone.url.removesuffix("/0"), *redis_cluster.urls], socket_timeout=10)
+            began = monotonic()
+            (taken,) = all_of(half, store, ("take", [slot()]))
+            assert isinstance(taken, Taken)
+            assert monotonic() - began < 5, "at once, and not when its share of the time is over"
+        finally:
+            alone.stop()
 
     @pytest.mark.parametrize("half", HALVES)
     def test_those_that_never_answer_have_half_of_the_time_each(

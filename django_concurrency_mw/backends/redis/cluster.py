@@ -28,6 +28,10 @@ MOST = 6
 FAILS = (RedisError, OSError, EOFError, asyncio.TimeoutError)
 
 
+class Unserved(ConnectionError):
+    """By the word of one that was asked, nobody serves the slot; it may itself be no part of the Cluster (any more)."""
+
+
 class Cluster(Fixed):
     """Shared without a lock: two that ask at once learn the same."""
 
@@ -82,11 +86,9 @@ class Cluster(Fixed):
                 conn = self._recipe.connection(until, node)
                 conn.connect()
                 conn.send_packed_command([SLOTS], check_health=False)
-                reply = conn.read_response(disconnect_on_error=False)
+                return self._heard(conn.read_response(disconnect_on_error=False), node)
             except FAILS as error:
                 asking.failed(error)
-            else:
-                return self._heard(reply, node)
             finally:
                 if conn is not None:
                     conn.disconnect()
@@ -106,10 +108,9 @@ class Cluster(Fixed):
                     reply = await areply(conn)
                 if isinstance(reply, Exception):
                     raise reply
+                return self._heard(reply, node)
             except FAILS as error:
                 asking.failed(error)
-            else:
-                return self._heard(reply, node)
             finally:
                 if conn is not None:
                     await hang_up(conn)
@@ -117,10 +118,12 @@ class Cluster(Fixed):
 
     def _candidates(self) -> list[Node]:
         self._asked = monotonic()
-        return list(dict.fromkeys([*self._known, *self._recipe.nodes]))[:MOST]
+        nodes = list(dict.fromkeys([*self._known, *self._recipe.nodes]))
+        self._known = [*nodes[MOST:], *nodes[:MOST]]  # if none of these answers, the others come first
+        return nodes[:MOST]
 
     def _heard(self, reply: Any, asked: Node) -> Node:
-        """Raises: ConnectionError where nobody serves the slot."""
+        """Raises: Unserved."""
         found, others = None, []
         for first, last, *nodes in reply:
             heard = [mapped(_node(each, asked), self._recipe.address_remap) for each in nodes]
@@ -128,7 +131,7 @@ class Cluster(Fixed):
             if first <= self.slot <= last:
                 found = heard[0]
         if found is None:
-            raise ConnectionError(f"no node of the Cluster serves hash slot {self.slot} now")
+            raise Unserved(f"no node of the Cluster serves hash slot {self.slot} now")
         self._known = list(dict.fromkeys([asked, *others]))
         self._node, self._learned = found, monotonic()
         return found
@@ -151,10 +154,11 @@ class _Asking:
         self._errors.append(error)
 
     def error(self) -> BaseException:
-        """Of those that need somebody the first, as it is; else one that says what the first was."""
-        for error in self._errors:
-            if isinstance(error, (AuthenticationError, ResponseError)):
-                return error
+        """Of those that need somebody the first, as it is, or of those that answered; else one that says what the first was."""
+        for kind in ((AuthenticationError, ResponseError), Unserved):
+            for error in self._errors:
+                if isinstance(error, kind):
+                    return error
         first = self._errors[0]
         why = str(first) or type(first).__name__
         error = ConnectionError(f"no node of the Cluster could be asked ({len(self._errors)} tried): {why}")
