@@ -25,7 +25,9 @@ from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.redis.cluster import MOST, Cluster, _node
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
 from django_concurrency_mw.backends.redis.redirects import Node as Address
+from django_concurrency_mw.backends.redis.rights import permitted
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.backends.redis.wire import Keys
 from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
 from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keys import make_key
@@ -137,6 +139,24 @@ class TestAllThatItDoes:
                 all_of(half, store, ("take", [one]), ("give", [one]))
             assert wait_until(lambda: [holder.token for holder in store.snapshot()] == [kept.token])
         assert store.renew([(kept, 60)]) == [True]
+
+    def test_the_right_that_is_needed_while_its_slot_moves_is_missed_before(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str
+    ) -> None:
+        """By `manage.py check`; and whoever meets it says the line."""
+        keys = Keys(prefix, of_a_cluster=True)
+        for node in redis_cluster.nodes:
+            rights = permitted(keys).partition("<user> ")[2].replace(" +asking", "")
+            node.ask("ACL SETUSER", "unasked", "reset", "on", ">pass", *rights.split(" "))
+        store = made(username="unasked", password="pass")
+        (message,) = store.check()
+        assert message.id == "django_concurrency_mw.W026"
+        assert "ACL SETUSER <user> +asking." in (message.hint or "")
+        with moving(redis_cluster, prefix):
+            for half in HALVES:
+                with pytest.raises(PermanentBackendError) as raised:
+                    all_of(half, store, ("take", [slot()]))
+                assert "+asking" in raised.value.cure
 
     def test_each_of_several_aliases_is_where_its_own_slot_is(
         self, redis_cluster: RedisCluster, made: Make, prefix: str

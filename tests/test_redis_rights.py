@@ -48,10 +48,10 @@ def make(server: RedisServer, prefix: str) -> Iterator[Callable[..., RedisBacken
     stores: list[RedisBackend] = []
     client = server.client()
 
-    def made(*rules: str, database: int = 3) -> RedisBackend:
+    def made(*rules: str, database: int = 3, **options: str) -> RedisBackend:
         client.execute_command("ACL", "SETUSER", "app", "reset", "on", ">pw", "resetchannels", *rules)
         url = f"redis://app:pw@127.0.0.1:{server.port}/{database}"
-        stores.append(RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 2})))
+        stores.append(RedisBackend(BackendConfig("default", "redis", url, prefix, {"socket_timeout": 2, **options})))
         return stores[-1]
 
     yield made
@@ -109,6 +109,14 @@ def test_what_requests_need_is_an_error_that_names_it(make: Make, prefix: str, r
     assert message.id == "django_concurrency_mw.E005"
     assert f" {rule} " in str(message.hint)
     assert "pw" not in message.msg
+
+
+def test_what_an_option_needs_beyond_them_is_named_too(make: Make, prefix: str) -> None:
+    store = make(*rules(prefix), client_name="web")
+    (message,) = store.check()
+    assert message.id == "django_concurrency_mw.E005"
+    assert " +client|kill +client|setname" in str(message.hint)
+    assert found(make(*rules(prefix), "+client|setname", client_name="web")) == []
 
 
 @pytest.mark.parametrize("rule", ["", *LISTENING.removeprefix("ACL SETUSER <user> ").split()])

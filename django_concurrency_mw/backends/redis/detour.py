@@ -20,9 +20,7 @@ from .connecting import areply, hang_up
 from .errors import passes
 from .leftovers import Client, Release
 from .redirects import Ask, Node
-from .wire import pack
-
-ASKING = pack(b"ASKING")
+from .rights import ASKING
 
 
 class Detour:
@@ -90,16 +88,18 @@ class Detour:
             line = self._line
             line.conn.until(deadline)
             line.send(b"".join([ASKING + each for each in packed]))
-            replies = [line.read() for _ in range(2 * len(packed))]
+            replies = [line.read()]
+            if isinstance(
+                replies[0], Exception
+            ):  # one that may not say ASKING is told so, and then that the slot is elsewhere
+                self._close()
+                return replies * len(packed)
+            replies += [line.read() for _ in range(2 * len(packed) - 1)]
         except BaseException:
             self._close()
             raise
         line.used = monotonic()
-        # One that may not say ASKING is told so, and its command was refused.
-        return [
-            said if isinstance(said, Exception) else reply
-            for said, reply in zip(replies[::2], replies[1::2], strict=True)
-        ]
+        return replies[1::2]
 
     def _close(self) -> None:
         line, self._line = self._line, None
@@ -144,12 +144,13 @@ class LoopDetour:
         try:
             await self._conn.send_packed_command([ASKING + packed], check_health=False)
             said = await areply(self._conn)
-            reply = await areply(self._conn)
+            if isinstance(said, Exception):  # as above
+                await self.close()
+                return said
+            return await areply(self._conn)
         except BaseException:
             await self.close()
             raise
-        # One that may not say ASKING is told so, and its command was refused.
-        return said if isinstance(said, Exception) else reply
 
     async def close(self) -> None:
         """Whatever it has still under way."""

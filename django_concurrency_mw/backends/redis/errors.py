@@ -20,7 +20,7 @@ from redis.exceptions import (
 from ...exceptions import BackendError, PermanentBackendError
 from . import tls
 from .redirects import code, tries_again
-from .rights import OF_A_CLUSTER, permitted
+from .rights import permitted
 from .wire import Keys
 
 #: What services say of a command that they have switched off, each in its own words.
@@ -93,9 +93,7 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
     if isinstance(error, SentinelRefused):
         return error.cure
     prefix = keys.prefix.decode()
-    permissions = permitted(keys)
-    if "cluster" in text.lower() or "asking" in text.lower():
-        permissions += OF_A_CLUSTER
+    permissions = permitted(keys) + _beyond(text, permitted(keys))
     if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
         return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
@@ -119,6 +117,12 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
     if _is(text, "CROSSSLOT"):
         return "this is a Redis Cluster, and something between it and us changes the names of keys"
     return ""
+
+
+def _beyond(text: str, permissions: str) -> str:
+    """The rule for a command that an option of the project's needs and the store does not, such as `client_name`."""
+    refused = re.search(r"run the '([a-z|]+)' command", text)
+    return f" +{refused[1]}" if refused and f" +{refused[1]}" not in permissions else ""
 
 
 def is_replica(error: BaseException | None) -> bool:

@@ -23,13 +23,15 @@ PERMISSIONS = (
 OF_A_CLUSTER = " +cluster|slots +asking"
 #: And where somebody may wait.
 LISTENING = "ACL SETUSER <user> &%s* +publish +subscribe +pubsub|numsub +ping"
+#: How a node that a slot is moving to is asked for what is there already.
+ASKING = wire.pack(b"ASKING")
 #: Names no connection.
 NOBODY = wire.pack(b"CLIENT", b"KILL", b"ID", b"9223372036854775807", b"ADDR", b"0.0.0.0:0")
 
 
 def permitted(keys: wire.Keys) -> str:
     """The line that allows all that the store does, but for the next."""
-    return PERMISSIONS % _escaped(keys)
+    return PERMISSIONS % _escaped(keys) + (OF_A_CLUSTER if keys.of_a_cluster else "")
 
 
 def listening(keys: wire.Keys) -> str:
@@ -60,6 +62,8 @@ def lacking(ask: Callable[[bytes], Any], keys: wire.Keys) -> tuple[list[str], bo
         "+mget": wire.pack(b"MGET", keys.process("nobody")),
         "+zrangebyscore": wire.pack(b"ZRANGEBYSCORE", key, b"(0", b"0"),
     }
+    if keys.of_a_cluster:
+        tried["+asking"] = ASKING
     missing = [rule for rule, command in tried.items() if refused(command)]
     return missing, not refused(NOBODY)
 
@@ -78,7 +82,8 @@ def messages(place: str, unknown: bool, fences: bool, missing: list[str]) -> lis
         rules = " ".join(missing)
         hint = (
             f"ACL SETUSER <user> {rules}. Requests do without; but a script that may not be loaded is sent whole by the first "
-            "call that needs it, and the others are what `manage.py concurrency` and policies with `wait` need."
+            "call that needs it, while its slot moves an alias of a Cluster needs +asking, and the others are what `manage.py "
+            "concurrency` and policies with `wait` need."
         )
         message = f"{place}: the user of LOCATION may not do all that helps: {rules}"
         found.append(Warning(message, hint=hint, id="django_concurrency_mw.W026"))

@@ -74,7 +74,7 @@ class RedisBackend(BaseBackend):
         self._recipe = recipe_for(config)
         self.timeout = self._recipe.timeout
         self.server = self._recipe.server
-        self._keys = wire.Keys(config.key_prefix)
+        self._keys = wire.Keys(config.key_prefix, of_a_cluster=bool(self._recipe.nodes))
         self._looks = Looks(self._recipe, self._keys)
         self._leftovers = Leftovers(self._wake)
         self._lines = Lines(self._recipe, self._leftovers, self._opened, self._astray)

@@ -105,9 +105,11 @@ TIME = pack(b"TIME")
 
 
 class Keys:
-    """The names of one alias: its prefix, and a packed head per policy (there are few of them)."""
+    """The names of one alias: its prefix, and a packed head per policy (there are few of them). `of_a_cluster`: they are asked
+    for at the nodes of one, which takes more rights."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, of_a_cluster: bool = False) -> None:
+        self.of_a_cluster = of_a_cluster
         self.prefix = f"{{{prefix}}}:{FORMAT}:".encode()
         #: For SCAN: every semaphore of the alias, and nothing else of its keys.
         self.pattern = exactly(self.prefix) + b"[-A-Za-z0-9_.]*:*"
