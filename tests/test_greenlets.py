@@ -114,7 +114,12 @@ from django_concurrency_mw import conf, health
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.host import bells
 from django_concurrency_mw.backends.memory import MemoryBackend
-from django_concurrency_mw.backends.redis import connecting
+from django_concurrency_mw.backends.redis import connecting, sentinel
+from django_concurrency_mw.backends.redis.store import RedisBackend
+
+OPTIONS = {"sentinels": ["redis://a"], "master_name": "limits"}
+store = RedisBackend(BackendConfig("limits", "redis", None, "c", OPTIONS))
+known = store._recipe.where
 
 
 class Away(MemoryBackend):
@@ -180,7 +185,20 @@ def asks():
     raise AssertionError("it goes on for ever")
 
 
-for check in (probes, rings, asks):
+def finds():
+    # A sentinel that is silent: whoever asks it has the lock, and the others wait for that.
+    silent = socket.create_server(("127.0.0.1", 0))
+    url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+    known._order[0] = sentinel.Sentinel("silent", connecting.Recipe(BackendConfig("a", "redis", url)).connection)
+    asking = [gevent.spawn(known._find, monotonic() + 6) for _ in range(2)]
+    longest, last = 0, monotonic()
+    while not all(one.ready() for one in asking):
+        gevent.sleep(0.01)
+        longest, last = max(longest, monotonic() - last), monotonic()
+    assert longest < 3, longest
+
+
+for check in (probes, rings, asks, finds):
     print(check.__name__)
     try:
         with gevent.Timeout(20):
@@ -195,7 +213,7 @@ def found(run_python: Run) -> dict[str, str]:
     """What each check has to complain of, in a process that has loaded the site before it was patched."""
     done = run_python("-c", WHEN_PATCHED_LATE)
     assert done.returncode == 0, done.stderr
-    names = ("probes", "rings", "asks")
+    names = ("probes", "rings", "asks", "finds")
     parts = re.split(rf"^({'|'.join(names)})$", done.stdout, flags=re.MULTILINE)
     complaints = dict(zip(parts[1::2], map(str.strip, parts[2::2]), strict=True))
     assert set(complaints) == set(names)
@@ -215,3 +233,8 @@ def test_a_bell_is_rung_without_giving_up_the_turn(found: dict[str, str]) -> Non
 def test_the_turns_of_others_are_not_held_against_a_redis(found: dict[str, str]) -> None:
     """A greenlet's next step is not refused, as its time had gone by before it had its turn; a silent server is."""
     assert not found["asks"]
+
+
+def test_who_waits_for_the_word_of_a_sentinel_stops_no_greenlet(found: dict[str, str]) -> None:
+    """It waits for whoever asks already, at a lock that was made when the site was loaded."""
+    assert not found["finds"]

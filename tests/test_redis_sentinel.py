@@ -193,7 +193,7 @@ class TestAsking:
 
     def test_a_child_finds_it_whatever_its_parent_was_doing(self, three: Trio, make: Make) -> None:
         store = make(three.urls)
-        with where(store)._lock():  # a thread that is not in the child asks just now
+        with where(store)._asking:  # a thread that is not in the child asks just now
             pid = os.fork()
             if pid == 0:
                 try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,10 @@ class Sentinels(Where):
         self._known: Known | None = None
         #: Believed if no sentinel answers: nothing was wrong with it but that a connection was lost.
         self._doubted: Known | None = None
-        self._asking, self._pid = threading.Lock(), os.getpid()
+        self.forget()
+
+    def forget(self) -> None:
+        self._asking = threading.Lock()
 
     def keywords(self, deadline: float) -> Mapping[str, Any]:
         known = self._known or self._find(deadline)
@@ -86,7 +88,7 @@ class Sentinels(Where):
 
     def look(self, deadline: float) -> None:
         known = self._known
-        if known is None or not self._lock().acquire(blocking=False):
+        if known is None or not self._asking.acquire(blocking=False):
             return
         try:
             with contextlib.suppress(RedisError, OSError):
@@ -104,7 +106,7 @@ class Sentinels(Where):
 
     def _find(self, deadline: float) -> Known:
         """Known by now, or asked for. Raises: ConnectionError, TimeoutError, SentinelRefused."""
-        if not self._lock().acquire(timeout=max(0.0, deadline - monotonic())):
+        if not self._asking.acquire(timeout=max(0.0, deadline - monotonic())):
             raise TimeoutError(f"no sentinel has said in time where the master {self._master_name!r} is")
         try:
             known = self._known  # somebody else has asked meanwhile
@@ -119,11 +121,6 @@ class Sentinels(Where):
             return known
         finally:
             self._asking.release()
-
-    def _lock(self) -> threading.Lock:
-        if self._pid != os.getpid():  # its owner may be a thread of the parent's
-            self._asking, self._pid = threading.Lock(), os.getpid()
-        return self._asking
 
     def _ask(self, deadline: float) -> Known:
         order = list(self._order)

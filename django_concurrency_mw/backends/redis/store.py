@@ -385,6 +385,7 @@ class RedisBackend(BaseBackend):
                 mux.abandon()
 
     def _forget(self) -> None:
+        self._recipe.where.forget()
         self._leftovers.forget()
         self._lines.forget()
         self._ear.forget()

@@ -30,6 +30,9 @@ class Where(Protocol):
     def is_former(self, conn: Any) -> bool:
         """Does this connection go where nobody is to be asked any more?"""
 
+    def forget(self) -> None:
+        """In a forked child, and where threads have become greenlets: whoever asks just now is not here."""
+
 
 class Fixed:
     """LOCATION is the server."""
@@ -49,3 +52,6 @@ class Fixed:
 
     def is_former(self, conn: Any) -> bool:
         return False
+
+    def forget(self) -> None:
+        """Nobody asks."""
