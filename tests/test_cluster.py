@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import redis
 import trustme
-from redis.exceptions import ResponseError
+from redis.exceptions import ClusterCrossSlotError, ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.redis.cluster import MOST, Cluster, _node
+from django_concurrency_mw.backends.redis.errors import classed, passes
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
 from django_concurrency_mw.backends.redis.redirects import Node as Address
 from django_concurrency_mw.backends.redis.rights import permitted
@@ -546,6 +547,15 @@ def as_of_6(text: str) -> ResponseError:
     kinds = {"MOVED": redis.exceptions.MovedError, "ASK": redis.exceptions.AskError}
     word, _, rest = text.partition(" ")
     return kinds[word](rest) if word in kinds else redis.exceptions.ClusterDownError(rest)
+
+
+@pytest.mark.parametrize(
+    "error", [ResponseError("CROSSSLOT Keys in request"), ClusterCrossSlotError("Keys in request")]
+)
+def test_keys_of_several_slots_stay_so(error: ResponseError) -> None:
+    """However redis-py puts it."""
+    assert not passes(error)
+    assert "changes the names of keys" in getattr(classed(error, Keys("p")), "cure", "")
 
 
 class TestWords:

@@ -717,6 +717,14 @@ class TestLocations:
         ("redis://x", {"sentinels": ["redis://x"], "master_name": "m", "cluster": 1}, "a Cluster has no sentinels"),
         (None, {"socket_timeout": 0}, "expected seconds"),
         (None, {"socket_timeout": "1"}, "expected seconds"),
+        ("redis://:secret@x/abc", {}, "its database is no number"),
+        (["redis://:secret@x/abc"], {"cluster": True}, "its database is no number"),
+        (None, {"db": "1x"}, r"\['db'\]: expected a number, got '1x'"),
+        (None, {"db": True}, r"\['db'\]: expected a number"),
+        (None, {"db": -1}, r"\['db'\]: expected a number"),
+        ("redis://", {"port": "x"}, r"\['port'\]: expected a number"),
+        (None, {"protocol": 4}, r"\['OPTIONS'\]: protocol must be"),
+        (None, {"username": "u", "password": "secret", "credential_provider": object()}, "cannot be passed along"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(location: Any, options: dict[str, Any], says: str) -> None:
@@ -729,6 +737,17 @@ def test_what_cannot_work_is_refused_by_name(location: Any, options: dict[str, A
 def test_braces_in_the_prefix_are_refused() -> None:
     with pytest.raises(ImproperlyConfigured, match="KEY_PREFIX"):
         RedisBackend(BackendConfig("default", "redis", None, "a{b}"))
+
+
+def test_digits_are_a_number() -> None:
+    store = RedisBackend(BackendConfig("other", "redis", "redis://x", "p", {"db": "3", "protocol": "3"}))
+    assert store.server == ("x", 6379, 3)
+
+
+def test_an_empty_prefix_is_refused_on_a_cluster_alone() -> None:
+    RedisBackend(BackendConfig("default", "redis", None, ""))
+    with pytest.raises(ImproperlyConfigured, match=r"KEY_PREFIX.*cannot be empty"):
+        RedisBackend(BackendConfig("default", "redis", "redis://x", "", {"cluster": True}))
 
 
 def test_without_redis_py_the_error_says_what_to_install(run_python: Callable[..., Any]) -> None:

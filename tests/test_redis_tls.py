@@ -295,6 +295,12 @@ def test_a_cut_in_the_handshake_is_no_matter_of_certificates() -> None:
         ("rediss://a", {"ssl_cert_reqs": "none", "ssl_check_hostname": True}, "only checked with its certificate"),
         ("rediss://a", {"ssl_ca_cert": "CA"}, "did you mean 'ssl_ca_certs'"),
         ("rediss://a", {"ssl_validate_ocsp": True}, "for threads only"),
+        ("rediss://a", {"ssl_check_hostname": None}, r"\['ssl_check_hostname'\]: expected True or False, got None"),
+        ("rediss://a", {"ssl_check_hostname": "no"}, "expected True or False, got 'no'"),
+        ("rediss://a", {"ssl_ca_certs": ["CA"]}, r"\['ssl_ca_certs'\]: no such file"),
+        ("rediss://a", {"ssl_ciphers": "none"}, r"\['ssl_ciphers'\]: it cannot be used"),
+        ("rediss://a", {"ssl_ca_data": "none"}, r"\['ssl_ca_data'\]: it cannot be used"),
+        ("rediss://a", {"ssl_min_version": "TLSv1.2"}, r"\['ssl_min_version'\]: it cannot be used"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(
@@ -302,4 +308,4 @@ def test_options_that_cannot_work_are_refused_by_name(
 ) -> None:
     known = {"CA": files.ca, "CLIENT": files.client["ssl_certfile"], "OTHER": files.strange_client["ssl_keyfile"]}
     with pytest.raises(ImproperlyConfigured, match=says):
-        make(location, **{name: known.get(value, value) for name, value in options.items()})
+        make(location, **{name: known.get(str(value), value) for name, value in options.items()})

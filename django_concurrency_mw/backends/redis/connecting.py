@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from time import monotonic
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 import redis.asyncio
@@ -21,7 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
-from redis.exceptions import ConnectionError, ResponseError
+from redis.exceptions import ConnectionError, RedisError, ResponseError
 from redis.retry import Retry
 
 from ...afresh import are_greenlets
@@ -107,6 +107,7 @@ class Recipe:
             raise ImproperlyConfigured(f"{place}['OPTIONS']['db']: {DATABASE_0}")
         kind = following(threads.connection_class, self.address_remap) if self.nodes else threads.connection_class
         self._plain_class = raising(kind) if self.nodes else kind
+        _try_out(threads, place)
         self.class_: type[AbstractConnection] = _with_deadline(kind)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
@@ -151,6 +152,14 @@ class Recipe:
     def _found(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
         self.found()
         return keywords
+
+
+def _try_out(pool: redis.ConnectionPool, place: str) -> None:
+    """Make a connection, which connects to nothing: by that redis-py says what it takes. Raises: ImproperlyConfigured."""
+    try:
+        pool.connection_class(**pool.connection_kwargs)
+    except (RedisError, ValueError, TypeError, AttributeError) as error:
+        raise ImproperlyConfigured(f"{place}['OPTIONS']: {' '.join(str(error).split())}") from None
 
 
 def server_of(keywords: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -218,10 +227,13 @@ def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
         by_itself, whole = parse_url(bare), parse_url(location)  # type: ignore[no-untyped-call]  # redis-py's
         if "@" in query:
             raise ValueError
+        path = "" if bare.startswith("unix:") else urlsplit(bare).path.replace("/", "")
+        if path and not path.isdecimal():  # redis-py would take database 0
+            raise ValueError
     except ValueError:  # its message may repeat the password
         raise ImproperlyConfigured(
-            f"{place}: {_without_password(location)} cannot be used: not a valid URL, or a value in its query is not (in a "
-            "password `/ ? # @ :` have to be percent-encoded)"
+            f"{place}: {_without_password(location)} cannot be used: not a valid URL, its database is no number, or a value "
+            "in its query cannot be used (in a password `/ ? # @ :` have to be percent-encoded)"
         ) from None
     names = {name for name, _ in parse_qsl(query, keep_blank_values=True)}
     return bare, {
@@ -264,6 +276,8 @@ def _check_options(options: Mapping[str, Any], connection_class: type, place: st
             wrong.append(f"{place}[{name!r}]: {OF_A_CLUSTER[name]}")
         elif name in REFUSED:
             wrong.append(f"{place}[{name!r}]: {name} cannot be set: {REFUSED[name]}")
+        elif name in ("db", "port") and not _is_number(options[name]):
+            wrong.append(f"{place}[{name!r}]: expected a number, got {options[name]!r}")
         elif name in both:
             continue
         elif name in known:
@@ -280,6 +294,11 @@ def _check_options(options: Mapping[str, Any], connection_class: type, place: st
     if wrong or of_tls:
         raise ImproperlyConfigured("\n".join([*wrong, *of_tls]))
     return more
+
+
+def _is_number(value: Any) -> bool:
+    """Digits will do, as a variable of the environment has them."""
+    return not isinstance(value, bool) and str(value).isdecimal()
 
 
 class DeadlineSocket:

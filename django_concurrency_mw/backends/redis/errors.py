@@ -46,7 +46,7 @@ def passes(reply: object) -> bool:
     """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
     if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
         return False
-    return not str(reply).startswith(("WRONGTYPE", "NOPERM", "CROSSSLOT")) and not _is_disabled(str(reply))
+    return code(reply) not in ("WRONGTYPE", "NOPERM", "CROSSSLOT") and not _is_disabled(str(reply))
 
 
 def is_of_the_command(reply: object) -> bool:
@@ -114,7 +114,7 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
         )
     if "cluster support disabled" in text:
         return "LOCATION is a single server and no node of a Redis Cluster: take `cluster` out of OPTIONS"
-    if _is(text, "CROSSSLOT"):
+    if error is not None and code(error) == "CROSSSLOT":
         return "this is a Redis Cluster, and something between it and us changes the names of keys"
     return ""
 

@@ -46,6 +46,11 @@ def _plain(config: BackendConfig) -> Recipe:
     """A server, or a Cluster."""
     recipe = Recipe(config)
     if recipe.nodes:
+        if not config.key_prefix:
+            raise ImproperlyConfigured(
+                f"{config.place}['KEY_PREFIX']: it puts all keys of an alias into one hash slot of a "
+                "Cluster, so it cannot be empty"
+            )
         recipe.where = Cluster(recipe, Keys(config.key_prefix))
         recipe.server = *min(recipe.nodes), 0
     return recipe

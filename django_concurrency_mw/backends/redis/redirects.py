@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 from redis.exceptions import ConnectionError, ResponseError
 
 #: How redis-py names these where its parser knows them, which it does not before version 6; their text has no code then.
-_CODES = {"MovedError": "MOVED", "AskError": "ASK", "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN"}
+_CODES = {
+    "MovedError": "MOVED",
+    "AskError": "ASK",
+    "ClusterDownError": "CLUSTERDOWN",
+    "TryAgainError": "TRYAGAIN",
+    "ClusterCrossSlotError": "CROSSSLOT",
+}
 
 
 class Node(NamedTuple):

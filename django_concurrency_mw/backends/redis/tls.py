@@ -34,8 +34,12 @@ def checked(options: Mapping[str, Any], place: str) -> tuple[dict[str, Any], lis
             ("ssl_certfile", os.path.isfile, "no such file"),
             ("ssl_keyfile", os.path.isfile, "no such file"),
         )
-        if options.get(name) is not None and not is_there(options[name])
+        if options.get(name) is not None
+        and not (isinstance(options[name], (str, os.PathLike)) and is_there(options[name]))
     ]
+    # Anything else that is false, such as a variable that is not set, would check no name and say nothing.
+    if not isinstance(options.get("ssl_check_hostname", True), bool):
+        wrong.append(f"{place}['ssl_check_hostname']: expected True or False, got {options['ssl_check_hostname']!r}")
     required = options.get("ssl_cert_reqs", "required")
     if not isinstance(required, (str, int, type(None))) or required not in _REQUIREMENTS:
         wrong.append(f"{place}['ssl_cert_reqs']: expected 'required', 'optional' or 'none', got {required!r}")
@@ -75,6 +79,16 @@ def _unreadable(options: Mapping[str, Any], place: str) -> list[str]:
                 f"{place}['ssl_certfile']: no certificate and key in PEM that can be read and belong together, with "
                 f"ssl_keyfile and ssl_password: {error}"
             )
+    for name, attempt in (
+        ("ssl_ca_data", lambda value: context.load_verify_locations(cadata=value)),
+        ("ssl_ciphers", context.set_ciphers),
+        ("ssl_min_version", lambda value: setattr(context, "minimum_version", value)),
+    ):
+        if options.get(name) is not None:
+            try:
+                attempt(options[name])
+            except (OSError, ValueError, TypeError) as error:
+                wrong.append(f"{place}[{name!r}]: it cannot be used: {error}")
     return wrong
 
 
