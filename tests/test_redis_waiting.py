@@ -557,6 +557,7 @@ class TestTheEar:
         began = monotonic()
         waiter.bell.wait(60)
         assert monotonic() - began < 30, "it was not told"
+        assert store._ear.connects == 1, "it was told that nobody can tell it"
         assert waiter.ask() == Taken((True,), (1,))
         waiter.give()
         for one in (holder, waiter):

@@ -58,6 +58,7 @@ REFUSED = {
     "sentinels": "it is a list of URLs in OPTIONS, beside master_name",
     "master_name": "it stands in OPTIONS, beside sentinels",
     "ssl": "write rediss:// in LOCATION",
+    "maint_notifications_config": "the store finds out by itself where its server is",
     "connection_pool": "the store keeps its own connections",
     "max_connections": "the store keeps as many connections as calls are under way at once",
 }
@@ -100,8 +101,9 @@ class Recipe:
         # Integers read the same in RESP 2 and 3; 2 has the shorter handshake.
         wanted = {"protocol": 2, **options, **more}
         wanted |= {"decode_responses": False, "health_check_interval": 0, "socket_connect_timeout": self.timeout}
+        self._quiet = _quiet(known.connection_class)
         threads = redis.ConnectionPool.from_url(
-            bare, **wanted, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
+            bare, **wanted, **self._quiet, retry=Retry(NoBackoff(), 0), socket_timeout=self.timeout
         )
         if self.nodes and int(threads.connection_kwargs.get("db") or 0):
             raise ImproperlyConfigured(f"{place}['OPTIONS']['db']: {DATABASE_0}")
@@ -111,7 +113,11 @@ class Recipe:
         self.class_: type[AbstractConnection] = _with_deadline(kind)
         self.keywords = dict(threads.connection_kwargs)
         loops = redis.asyncio.ConnectionPool.from_url(
-            bare, **wanted, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None
+            bare,
+            **wanted,
+            **_quiet(getattr(redis.asyncio.connection, known.connection_class.__name__)),
+            retry=AsyncRetry(NoBackoff(), 0),
+            socket_timeout=None,
         )
         self.async_class: Any = (
             following(loops.connection_class, self.address_remap) if self.nodes else loops.connection_class
@@ -145,6 +151,7 @@ class Recipe:
         pool = redis.ConnectionPool(
             connection_class=self._plain_class,
             max_connections=1,
+            **self._quiet,
             **{**self.keywords, **extra, "socket_timeout": BY_HAND},
         )
         return kind(connection_pool=pool)
@@ -262,6 +269,16 @@ def _keywords(connection_class: type) -> set[str]:
                 if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                     names.add(parameter.name)
     return names - {"self"}
+
+
+def _quiet(connection_class: type) -> dict[str, Any]:
+    """With RESP 3 redis-py asks the server, from its version 7 on, to tell of its own maintenance: one more round trip, for the
+    good of a pool that is not there; and such a connection cannot be made to speak RESP 2, as the ear does."""
+    if "maint_notifications_config" not in _keywords(connection_class):
+        return {}
+    from redis.maint_notifications import MaintNotificationsConfig
+
+    return {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
 
 
 def _check_options(options: Mapping[str, Any], connection_class: type, place: str) -> dict[str, Any]:
