@@ -110,7 +110,8 @@ def cure(error: BaseException | None) -> str:
         if "mismatch" in said:
             return (
                 "the server's certificate is for other names: call the server by one that it has (Sentinel: `sentinel "
-                "announce-hostnames yes`), or say OPTIONS['ssl_check_hostname']: False where the CA is your own"
+                "announce-hostnames yes`; a Cluster: `cluster-announce-hostname` and `cluster-preferred-endpoint-type "
+                "hostname` on each node), or say OPTIONS['ssl_check_hostname']: False where the CA is your own"
             )
         if "expired" in said or "not yet valid" in said:
             return "the server's certificate is not valid at this time: renew it, or correct this machine's clock"
