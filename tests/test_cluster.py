@@ -264,13 +264,14 @@ class TestFindingIt:
 
         def remap(address: tuple[str, int]) -> tuple[str, int]:
             asked.append(address)
-            return ("127.0.0.1", proxy.port) if address[1] == owner.port else address
+            return ("127.0.0.1", str(proxy.port)) if address[1] == owner.port else address  # type: ignore[return-value]
 
         try:
             store = made(redis_cluster.another(prefix).url, address_remap=remap)
             assert isinstance(store.take([slot()]), Taken)
             assert ("127.0.0.1", owner.port) in asked
             assert proxy.connections == 1
+            assert not store._lines.have_to_leave, "a port is a number, also where a text was given"
         finally:
             proxy.stop()
 

@@ -712,6 +712,8 @@ class TestLocations:
         ("redis://x?db=2", {"cluster": True}, "database 0 only"),
         ("redis://x", {"cluster": 1}, "expected True or False"),
         ("redis://x", {"cluster": True, "address_remap": "10.0.0.1"}, "expected a callable"),
+        ("redis://x", {"cluster": True, "host": "y"}, r"\['host'\]: the URLs in LOCATION say"),
+        ("redis://x", {"cluster": True, "port": 1}, r"\['port'\]: the URLs in LOCATION say"),
         ("redis://x", {"address_remap": None}, "for a Cluster alone"),
         (None, {"sentinels": ["redis://x"], "master_name": "m", "cluster": True}, "a Cluster has no sentinels"),
         ("redis://x", {"sentinels": ["redis://x"], "master_name": "m", "cluster": 1}, "a Cluster has no sentinels"),

@@ -193,6 +193,9 @@ def _is_cluster(options: dict[str, Any], place: str) -> bool:
     cluster = options.pop("cluster", False)
     if not isinstance(cluster, bool):
         raise ImproperlyConfigured(f"{place}['cluster']: expected True or False, got a {type(cluster).__name__}")
+    for name in ("host", "port", "path"):
+        if cluster and name in options:
+            raise ImproperlyConfigured(f"{place}[{name!r}]: the URLs in LOCATION say where the nodes are")
     remap = options.get("address_remap")
     if cluster and remap is not None and not callable(remap):
         raise ImproperlyConfigured(

@@ -35,7 +35,10 @@ Remap = Callable[[tuple[str, int]], tuple[str, int]]
 
 def mapped(node: Node, remap: Remap | None) -> Node:
     """Where a node of which another one told is reached from here."""
-    return node if remap is None else Node(*remap((node.host, node.port)))
+    if remap is None:
+        return node
+    host, port = remap((node.host, node.port))
+    return Node(str(host), int(port))  # as a connection says where it goes, which is compared
 
 
 class Moved(ConnectionError):
