@@ -98,6 +98,8 @@ class RedisBackend(BaseBackend):
             reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
         except BackendError as error:
             return _later(error, slots, most)
+        if wire.stands_still(reply, slots):
+            self.give(slots)  # that it leaves is told until the slot has moved
         return wire.queued(reply, slots, hears=hears)
 
     async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
@@ -107,6 +109,8 @@ class RedisBackend(BaseBackend):
             reply = await self._multiplexed(ask(), partial(ask, whole=True), slots)
         except BackendError as error:
             return _later(error, slots, most)
+        if wire.stands_still(reply, slots):
+            await self.agive(slots)
         return wire.queued(reply, slots, hears=hears)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
