@@ -23,9 +23,11 @@ from redis.exceptions import ResponseError
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.redis.cluster import Cluster, _node
+from django_concurrency_mw.backends.redis.errors import classed
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
 from django_concurrency_mw.backends.redis.redirects import Node as Address
 from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.backends.redis.wire import Keys
 from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
 from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keys import make_key
@@ -291,6 +293,23 @@ class TestItHasMoved:
         store.take([slot("other")])
         assert wait_until(lambda: [holder.policy for holder in store.snapshot()] == ["other"])
         assert monotonic() - began < 4, "only when idle connections are looked after, every 5 s"
+
+    def test_a_probe_follows(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
+        """What it has to carry out is refused by the node that it knew."""
+        store, one = made(), slot()
+        store.take([one])
+        store.close()
+        with moving(redis_cluster, prefix):
+            pass
+        store._leftovers._releases.extend(store._keys.give([one]))
+        store.probe()
+        assert redis_cluster.held(prefix) == 0
+
+    def test_if_there_is_no_time_to_follow_no_cure_is_named(self) -> None:
+        """It is `cluster: True` already."""
+        moved = Moved(Address("10.0.0.9", 7001))
+        moved.__cause__ = ResponseError("MOVED 7 10.0.0.9:7001")
+        assert type(classed(moved, Keys("p"))) is BackendError
 
     def test_by_hand(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
         """SCAN of a node that does not serve the slot finds nothing, and says nothing."""
