@@ -10,6 +10,7 @@ import os
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -22,6 +23,7 @@ from redis.exceptions import ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
+from django_concurrency_mw.backends.redis import leftovers
 from django_concurrency_mw.backends.redis.cluster import Cluster, _node
 from django_concurrency_mw.backends.redis.errors import classed
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
@@ -438,6 +440,19 @@ class TestItIsMoving:
                 assert wait_until(lambda: [holder.policy for holder in store.snapshot()] == ["other"])
         finally:
             proxy.stop()
+
+    def test_what_is_left_over_until_it_has_moved_is_in_nobodys_way(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There may be more of it than one connection carries out: a slot that can be given back is."""
+        monkeypatch.setattr(leftovers, "AT_ONCE", 1)
+        store, one = made(), replace(slot(), waits=True)
+        store.take([one])
+        free, wake = store._keys.give([one])
+        with moving(redis_cluster, prefix):
+            store._leftovers.add([wake, free])
+            assert wait_until(lambda: redis_cluster.held(prefix) == 0)
+        assert wait_until(lambda: not store._leftovers)
 
     @pytest.mark.parametrize("half", HALVES)
     def test_a_late_answer_of_the_new_node_leaves_no_slot(

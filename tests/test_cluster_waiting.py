@@ -374,7 +374,6 @@ def test_moving_to_and_fro_under_a_load_that_waits(
     assert load.errors == []
     assert load.full == 0
     assert 0 < load.most <= CAP
-    # One who was let in while it moved may be let in once more before its line has heard that it left: until that is taken
-    # back, or for 5 s.
+    # One who was let in while it moved may be let in once more before its line has heard that it left: until then.
     assert wait_until(lambda: store.snapshot() == [], 20), store.snapshot()
     assert wait_until(lambda: store.waiters() == [])

@@ -396,7 +396,7 @@ class Lines:
                 self._recipe.gave_up(conn, error)
                 conn.disconnect()
             raise
-        self._leftovers.put_back(Work([], refused))
+        self._leftovers.put_behind(refused)
         self.connects += 1
         self._opened()
         return line, refused
