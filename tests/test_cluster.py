@@ -24,6 +24,7 @@ from redis.exceptions import ResponseError
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.redis import leftovers
+from django_concurrency_mw.backends.redis import store as store_module
 from django_concurrency_mw.backends.redis.cluster import Cluster, _node
 from django_concurrency_mw.backends.redis.errors import classed
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
@@ -295,6 +296,19 @@ class TestItHasMoved:
         store.take([slot("other")])
         assert wait_until(lambda: [holder.policy for holder in store.snapshot()] == ["other"])
         assert monotonic() - began < 4, "only when idle connections are looked after, every 5 s"
+
+    def test_a_release_that_nobody_asks_after_is_not_forgotten(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was refused, and its connection is used no more."""
+        monkeypatch.setattr(store_module, "TEND_EVERY", 1000.0)
+        monkeypatch.setattr(store_module, "HEAR_WITHIN", 0.1)
+        store, one = made(), slot()
+        store.take([one])
+        with moving(redis_cluster, prefix):
+            pass
+        store.give([one])
+        assert wait_until(lambda: redis_cluster.held(prefix) == 0)
 
     def test_a_probe_follows(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
         """What it has to carry out is refused by the node that it knew."""
