@@ -10,6 +10,7 @@ import os
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -22,6 +23,8 @@ from redis.exceptions import ClusterCrossSlotError, ResponseError
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
+from django_concurrency_mw.backends.redis import leftovers
+from django_concurrency_mw.backends.redis import store as store_module
 from django_concurrency_mw.backends.redis.cluster import MOST, Cluster, _node
 from django_concurrency_mw.backends.redis.errors import classed, passes
 from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
@@ -340,6 +343,36 @@ class TestItHasMoved:
         assert wait_until(lambda: [holder.policy for holder in store.snapshot()] == ["other"])
         assert monotonic() - began < 4, "only when idle connections are looked after, every 5 s"
 
+    def test_a_release_that_nobody_asks_after_is_not_forgotten(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was refused, and its connection is used no more."""
+        monkeypatch.setattr(store_module, "TEND_EVERY", 1000.0)
+        monkeypatch.setattr(store_module, "HEAR_WITHIN", 0.1)
+        store, one = made(), slot()
+        store.take([one])
+        with moving(redis_cluster, prefix):
+            pass
+        store.give([one])
+        assert wait_until(lambda: redis_cluster.held(prefix) == 0)
+
+    def test_a_probe_follows(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
+        """What it has to carry out is refused by the node that it knew."""
+        store, one = made(), slot()
+        store.take([one])
+        store.close()
+        with moving(redis_cluster, prefix):
+            pass
+        store._leftovers._releases.extend(store._keys.give([one]))
+        store.probe()
+        assert redis_cluster.held(prefix) == 0
+
+    def test_if_there_is_no_time_to_follow_no_cure_is_named(self) -> None:
+        """It is `cluster: True` already."""
+        moved = Moved(Address("10.0.0.9", 7001))
+        moved.__cause__ = ResponseError("MOVED 7 10.0.0.9:7001")
+        assert type(classed(moved, Keys("p"))) is BackendError
+
     def test_by_hand(self, redis_cluster: RedisCluster, made: Make, prefix: str) -> None:
         """SCAN of a node that does not serve the slot finds nothing, and says nothing."""
         store, one = made(), slot()
@@ -467,6 +500,19 @@ class TestItIsMoving:
                 assert wait_until(lambda: [holder.policy for holder in store.snapshot()] == ["other"])
         finally:
             proxy.stop()
+
+    def test_what_is_left_over_until_it_has_moved_is_in_nobodys_way(
+        self, redis_cluster: RedisCluster, made: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There may be more of it than one connection carries out: a slot that can be given back is."""
+        monkeypatch.setattr(leftovers, "AT_ONCE", 1)
+        store, one = made(), replace(slot(), waits=True)
+        store.take([one])
+        free, wake = store._keys.give([one])
+        with moving(redis_cluster, prefix):
+            store._leftovers.add([wake, free])
+            assert wait_until(lambda: redis_cluster.held(prefix) == 0)
+        assert wait_until(lambda: not store._leftovers)
 
     @pytest.mark.parametrize("half", HALVES)
     def test_a_late_answer_of_the_new_node_leaves_no_slot(

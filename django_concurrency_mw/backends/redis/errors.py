@@ -19,7 +19,7 @@ from redis.exceptions import (
 
 from ...exceptions import BackendError, PermanentBackendError
 from . import tls
-from .redirects import code, tries_again
+from .redirects import Moved, code, tries_again
 from .rights import permitted
 from .wire import Keys
 
@@ -80,8 +80,10 @@ def is_final(error: BaseException | None) -> bool:
 def classed(error: Exception, keys: Keys) -> BackendError:
     """The error of this package for one of redis-py's, or of whatever an option of the project's raised."""
     text = str(error) or type(error).__name__
-    # Event loops know why they cannot connect by the cause alone, whose words they repeat.
-    cure = tls.cure(error) or _cure(error.__cause__, str(error.__cause__), keys) or _cure(error, text, keys)
+    # Event loops know why they cannot connect by the cause alone, whose words they repeat. That a slot has moved needs no cure
+    # where it is followed, and there was no time left.
+    cause = None if isinstance(error, Moved) else error.__cause__
+    cure = tls.cure(error) or _cure(cause, str(cause), keys) or _cure(error, text, keys)
     if cure:
         # A key of another type is in the way of its own semaphore alone.
         return PermanentBackendError(text, cure=cure, whole=not _is(text, "WRONGTYPE"))

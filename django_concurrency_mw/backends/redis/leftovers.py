@@ -96,3 +96,7 @@ class Leftovers:
         """The connection that was to do it did not come about."""
         self._clients.extendleft(reversed(work.clients))
         self._releases.extendleft(reversed(work.releases))
+
+    def put_behind(self, refused: Sequence[Release]) -> None:
+        """These could not be carried out now. First it is the turn of others, as one connection may not get so far."""
+        self._releases.extend(refused)

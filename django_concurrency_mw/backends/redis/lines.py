@@ -21,7 +21,7 @@ from .detour import Detour
 from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
-from .redirects import Ask, Node, tries_again, understood
+from .redirects import Ask, Moved, Node, tries_again, understood
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
@@ -212,7 +212,11 @@ class Lines:
             except ValueError:  # in use again
                 continue
             self._lost(line)
-        self._free.append(self._connect(now + self._recipe.timeout))
+        try:
+            line = self._connect(now + self._recipe.timeout)
+        except Moved:  # where to was said
+            line = self._connect(now + self._recipe.timeout)
+        self._free.append(line)
 
     @property
     def have_to_leave(self) -> bool:
@@ -392,7 +396,7 @@ class Lines:
                 self._recipe.gave_up(conn, error)
                 conn.disconnect()
             raise
-        self._leftovers.put_back(Work([], refused))
+        self._leftovers.put_behind(refused)
         self.connects += 1
         self._opened()
         return line, refused

@@ -306,7 +306,7 @@ class Mux:
                 await hang_up(conn)
             raise
         if refused:
-            self._leftovers.put_back(Work([], refused))
+            self._leftovers.put_behind(refused)
             self._leftovers.remind()
         self.connects += 1
         return conn

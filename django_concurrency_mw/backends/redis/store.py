@@ -50,6 +50,9 @@ TEND_EVERY = 5.0
 DELIVER_AGAIN = 0.25
 #: Seconds until idle connections are heard whose server may not be the one to ask any more.
 HEAR_SOON = 0.1
+#: Seconds until it is heard what became of a release, where its server may not be the one to ask any more. (By the look at idle
+#: connections it was up to 6: nobody need ever ask again where it was sent.)
+HEAR_WITHIN = 1.0
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
@@ -81,7 +84,7 @@ class RedisBackend(BaseBackend):
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._ear = Ear(self._recipe, self._channel, self._deaf, self._stray)
         self._recipe.found = self._found
-        self._tended = self._delivering = self._hearing = False
+        self._tended = self._delivering = self._hearing = self._hearing_later = False
         #: What was logged last of what may come again and again.
         self._said = ""
         _stores.add(self)
@@ -98,6 +101,8 @@ class RedisBackend(BaseBackend):
             reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
         except BackendError as error:
             return _later(error, slots, most)
+        if wire.stands_still(reply, slots):
+            self.give(slots)  # that it leaves is told until the slot has moved
         return wire.queued(reply, slots, hears=hears)
 
     async def aqueue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
@@ -107,10 +112,15 @@ class RedisBackend(BaseBackend):
             reply = await self._multiplexed(ask(), partial(ask, whole=True), slots)
         except BackendError as error:
             return _later(error, slots, most)
+        if wire.stands_still(reply, slots):
+            await self.agive(slots)
         return wire.queued(reply, slots, hears=hears)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._lines.tell(self._keys.give(slots))
+        if not self._hearing_later and type(self._recipe.where) is not Fixed:
+            self._hearing_later = True
+            keeper.at(HEAR_WITHIN, self._hear_later)
         return [True] * len(slots)
 
     def renew(self, slots: Sequence[tuple[Slot, float]]) -> Sequence[bool]:
@@ -351,6 +361,11 @@ class RedisBackend(BaseBackend):
         self._lines.hear_all()
         self._leave()
 
+    def _hear_later(self) -> None:
+        """In the keeper's thread."""
+        self._hearing_later = False
+        self._lines.hear_all()
+
     def _opened(self) -> None:
         """There is a connection of threads to look after from now on."""
         if not self._tended:
@@ -390,7 +405,7 @@ class RedisBackend(BaseBackend):
         self._lines.forget()
         self._ear.forget()
         self._muxes = {}
-        self._tended = self._delivering = self._hearing = False
+        self._tended = self._delivering = self._hearing = self._hearing_later = False
 
 
 def _in_parts(call: Callable[[Sequence[Any]], list[bool]], asked: Sequence[Any]) -> list[bool]:

@@ -315,6 +315,11 @@ def queued(reply: Sequence[int], slots: Sequence[Slot], *, hears: bool) -> Queue
     return Full(full, counts) if verdict == 1 else LineFull(full, counts)
 
 
+def stands_still(reply: Sequence[int], slots: Sequence[Slot]) -> bool:
+    """Whoever got this reply to `queue` is not waited for any more, and may stand in line all the same."""
+    return reply[0] == 1 and len(reply) > 1 + len(slots)
+
+
 def waiting(line: bytes, prefix: bytes, place: int, joined: float, now: float, record: bytes) -> Waiter:
     """One who waits as people see it, in this line; `joined` and `now` in microseconds of the server's clock."""
     key = prefix + line.removeprefix(prefix).removeprefix(b"!queue:")

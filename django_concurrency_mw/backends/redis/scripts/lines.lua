@@ -17,9 +17,11 @@ end
 -- Is the hash slot of all these keys moving to another node of a Cluster? Some of them are there then and some are here, and a
 -- command that names two that nobody has is refused at both nodes. Nobody stands in a line then, and nobody is let in by others:
 -- a key that was made at the new node would be in the way of the one that comes.
+local function nothing(key)
+  return string.match(key, '^[^}]*}:1:') .. '!nothing'
+end
 local function moves(key)
-  local name = string.match(key, '^[^}]*}:1:') .. '!nothing'
-  local reply = redis.pcall('MGET', name .. ':1', name .. ':2')
+  local reply = redis.pcall('MGET', nothing(key) .. ':1', nothing(key) .. ':2')
   return reply.err ~= nil and string.find(reply.err, 'non local key', 1, true) ~= nil
 end
 local function place(key, token)

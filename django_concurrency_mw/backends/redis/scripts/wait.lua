@@ -4,7 +4,8 @@
 -- ARGV   the token; its record: what others have to know of it to let it in, see `wire`; ms that this is kept; then one for
 --        each slot: how many may stand in its line, -1 where it is not waited for
 -- Returns 0 (all are held), 1 (some are full, and it stands in no line), 2 (nor may it, as too many do) or 3 (it does); then one
---         each as `take` says it; after 3 also how many stand before it, and the ms until it is worth asking again.
+--         each as `take` says it; after 3 also how many stand before it, and the ms until it is worth asking again; after 1
+--         also 1 if it may still stand in a line that is not here, as the hash slot `moves`.
 --
 -- Asking twice is asking once: it keeps its places, and who was let in meanwhile holds. While the keys' hash slot `moves` who
 -- asks first has what is free, and all others ask again.
@@ -82,8 +83,13 @@ for i, slot in ipairs(one.slots) do
   end
 end
 if verdict < 3 then
-  if not away then line.grant(line.leave(one, {})) end
-  return reply(verdict)
+  if not away then
+    line.grant(line.leave(one, {}))
+    return reply(verdict)
+  end
+  local list = reply(verdict)
+  list[#list + 1] = 1
+  return list
 end
 
 local list, ahead, again = reply(3), 0, 1000
