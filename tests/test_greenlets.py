@@ -155,8 +155,12 @@ def rings():
 
 
 def asks():
-    ours, theirs = socket.socketpair()
-    bounded = connecting.DeadlineSocket(ours, monotonic() + 0.05, 0.05)
+    listening = socket.create_server(("127.0.0.1", 0))
+    location = "redis://127.0.0.1:%d" % listening.getsockname()[1]
+    recipe = connecting.Recipe(BackendConfig("asked", "redis", location, options={"socket_timeout": 0.05}))
+    bounded = recipe.connection(monotonic() - 0.1)._connect()  # its time went by before its turn
+    theirs, _ = listening.accept()
+    bounded.deadline = monotonic() + 0.05
 
     def talk():
         heard = [bounded.recv(1), bounded.recv(1)]
