@@ -24,7 +24,7 @@ from .test_waiting_servers import Server, serving_by
 from .ticking import read
 
 CAP, CROWD, TTL = 5, 200, 2.0
-#: Seconds in which no greenlet had a turn, at most; 0.02 were seen.
+#: Seconds in which no greenlet had a turn, at most; 0.07 were seen.
 FROZEN = 0.5
 #: The site is loaded after the worker has patched, as usual; or by the master: before the worker patches, or, where gunicorn's
 #: own file patches, after that.
