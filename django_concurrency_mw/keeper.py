@@ -11,6 +11,7 @@ import atexit
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ RETRY_EVERY = 0.25
 FLUSH_FOR = 2.0
 #: Slots of one store that are given back by one call.
 RETRY_AT_ONCE = 500
+#: Seconds of those that the stores have for what they are still asked, and between two looks whether they have said it.
+SETTLE_FOR, TURN = 0.5, 0.005
 _FOREVER = float("inf")
 
 
@@ -42,6 +45,10 @@ class Kept(Protocol):
 
     def release(self) -> None:
         """Give everything back."""
+
+    @property
+    def is_asking(self) -> bool:
+        """Does a store still have to say what it holds? What is given back meanwhile is given back once more after that."""
 
 
 #: Renews what is due of the leases, at this monotonic second; and says when to look again, infinite where never.
@@ -149,14 +156,9 @@ class Keeper:
         """Give back all that this process still holds, at its exit; for FLUSH_FOR seconds at most."""
         end = monotonic() + FLUSH_FOR
         self._exiting = True  # no thread is started any more, and what the keeper has to do is done here
-        for lease in self.live():
-            if monotonic() > end:
-                logger.warning("not all slots could be given back at exit; they end with their leases")
-                return
-            try:
-                lease.release()
-            except Exception:
-                logger.exception("a slot could not be given back at exit; it ends with its lease")
+        if not self._give_all(end):
+            logger.warning("not all slots could be given back at exit; they end with their leases")
+            return
         # What the thread is just doing would end with the process.
         if self._working.acquire(timeout=max(0.0, end - monotonic())):
             try:
@@ -166,6 +168,26 @@ class Keeper:
                     self._call_due(monotonic(), end)
             finally:
                 self._working.release()
+
+    def _give_all(self, end: float) -> bool:
+        """Give back what is held, and let those who are just asking a store hear it: other threads, or greenlets, which go on
+        as long as this process does. False: it took too long."""
+        settled = min(end, monotonic() + SETTLE_FOR)
+        asking: list[Kept] = []
+        while True:
+            leases = self.live()
+            asking += [lease for lease in leases if lease.is_asking]
+            for lease in leases:
+                if monotonic() > end:
+                    return False
+                try:
+                    lease.release()
+                except Exception:
+                    logger.exception("a slot could not be given back at exit; it ends with its lease")
+            if not asking or monotonic() > settled:
+                return True
+            asking = [lease for lease in asking if lease.is_asking]
+            time.sleep(TURN)  # also where nobody asks any more: whoever has just heard gives back
 
     # -- the thread ---------------------------------------------------------------------------------------------
 

@@ -70,13 +70,26 @@ health.before_recovery(renewals.recount)
 class Lease:
     """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
 
-    __slots__ = ("__weakref__", "_bells", "_epoch", "_held", "_request", "fields", "given_up", "results", "sharers")
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_bells",
+        "_epoch",
+        "_held",
+        "_request",
+        "fields",
+        "given_up",
+        "results",
+        "sharers",
+    )
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
         self._bells: tuple[Bell, ...] = ()
+        #: What a store is just being asked for, or waited for; empty where nothing is.
+        self._asked: Sequence[Slot] = ()
         #: Nobody need wait for it any more.
         self.given_up = False
         #: Decorators that share in owning it; 0 where a middleware does.
@@ -95,6 +108,7 @@ class Lease:
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
         """These slots may be held from now on."""
         held = [Held(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
+        self._asked = slots
         self._held += held
         keeper.watch(self, min(one.due for one in held))
 
@@ -102,6 +116,7 @@ class Lease:
         """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
         take may have overtaken."""
         known = self._of(asked)
+        self._answered(asked)
         for held in known:
             if any(slot is held.slot for slot in got):
                 held.confirmed = True
@@ -135,11 +150,21 @@ class Lease:
     def doubt(self, asked: Sequence[Slot]) -> None:
         """The take failed: its slots may be held, so they are given back until the store answers or their lease ends."""
         doubtful = self._of(asked)
+        self._answered(asked)
         for held in doubtful:
             self._strike(held)
         if not self._held:
             keeper.forget(self)
         _give_later(doubtful)
+
+    @property
+    def is_asking(self) -> bool:
+        """Does a store still have to say what it holds? What is given back meanwhile is given back once more after that."""
+        return bool(self._asked)
+
+    def _answered(self, asked: Sequence[Slot]) -> None:
+        if asked is self._asked:
+            self._asked = ()
 
     def give_up(self) -> None:
         """Nobody is there any more for whom it is worth waiting: who stands in line for it leaves."""
@@ -266,6 +291,8 @@ class Lease:
         groups = by_store(self._pop(token))
         if token is None:
             self.results.clear()
+            for bell in self._bells:  # who waits for what is given back waits for nothing
+                bell.ring()
         if not self._held:
             keeper.forget(self)
         if self._epoch is not keeper.epoch:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from . import pace
 from .bells import Bell
-from .effects import Enter, Queue, Steps, Wait
+from .effects import Enter, Give, Queue, Steps, Wait
 from .outcomes import Asked, Full, LineFull, Queued, QueueReply, Reason, Slot, StoreFailed, Taken
 
 
@@ -79,7 +79,10 @@ def wait(
         lease.wake_by(bell)
         while True:
             before, asked = asked, monotonic()
-            in_time = asked < until and not lease.given_up and lease.expects(slots)
+            if not lease.expects(slots):  # nor is it asked for any more, as what is free would be nobody's
+                yield from Give(store, slots)  # the last question may have overtaken what gave it back
+                return Waited(full, "wait_timeout", monotonic() - began)
+            in_time = asked < until and not lease.given_up
             reply: QueueReply | StoreFailed = yield from Queue(store, slots, most if in_time else nobody, bell)
             waited = monotonic() - began
             if isinstance(reply, Queued):

@@ -20,6 +20,7 @@ from django_concurrency_mw import drivers, notices, signals
 from django_concurrency_mw import held as held_module
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.bells import Bell
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.held import NEVER
 from django_concurrency_mw.keeper import Keeper, keeper
@@ -295,6 +296,16 @@ class TestGivingBack:
         assert len(keeper.live()) == before + 1
         held.release()
         assert len(keeper.live()) == before
+
+
+def test_whoever_waits_for_what_is_given_back_is_woken(store: Counting) -> None:
+    """It would ask again only after a while, and at an exit there is none."""
+    lease, bell = take(store, policy()), Bell()
+    lease.wake_by(bell)
+    lease.release()
+    began = monotonic()
+    bell.wait(SOON)
+    assert monotonic() - began < SOON / 2
 
 
 class TestKeeper:

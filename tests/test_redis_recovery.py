@@ -25,7 +25,7 @@ from django_concurrency_mw.backends.redis.lines import Line
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import pack
 from django_concurrency_mw.exceptions import BackendError
-from django_concurrency_mw.keeper import Keeper, keeper
+from django_concurrency_mw.keeper import SETTLE_FOR, Keeper, keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Slot, Taken
 from django_concurrency_mw.tokens import new_token
@@ -195,14 +195,13 @@ class TestAtExit:
         threads: list[int] = []
 
         class Lease:
+            is_asking = False
+
             def __bool__(self) -> bool:
                 return True
 
             def release(self) -> None:
                 mine.at(0, lambda: threads.append(threading.get_ident()))
-
-            def renew(self, now: float) -> float:
-                return float("inf")
 
         mine.watch(Lease(), float("inf"))
         mine.flush()
@@ -225,6 +224,42 @@ class TestAtExit:
         mine.flush()
         assert ended.is_set()
         timer.join()
+
+    def test_the_flush_lets_those_hear_who_are_just_asking(self) -> None:
+        """Their take may overtake what gives it back, and only they know when it is answered."""
+        mine = Keeper()
+
+        class Asking:
+            is_asking = True
+
+            def __init__(self) -> None:
+                self.released = threading.Event()
+
+            def __bool__(self) -> bool:
+                return True
+
+            def release(self) -> None:
+                self.released.set()
+                mine.forget(self)
+
+        lease, given, never = Asking(), threading.Event(), Asking()
+
+        def ask() -> None:
+            lease.released.wait(SOON)
+            lease.is_asking = False
+            given.set()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        mine.watch(lease, float("inf"))
+        mine.flush()
+        assert given.is_set()
+        thread.join()
+        mine.watch(never, float("inf"))
+        began = monotonic()
+        mine.flush()  # one that will never hear holds up no exit for long
+        assert SETTLE_FOR <= monotonic() - began < 10 * SETTLE_FOR
+        assert never.released.is_set()
 
 
 class TestIdleLines:

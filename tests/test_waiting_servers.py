@@ -48,6 +48,11 @@ class Server:
         found: dict[str, Any] = json.loads(self.get("/-/held/")[1])
         return found
 
+    def workers(self) -> list[int]:
+        """The processes that gunicorn has started."""
+        master = self.process.pid
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
     def is_empty(self) -> bool:
         return self.line() == {"held": [], "waiting": 0}
 
@@ -57,15 +62,27 @@ class Server:
 
 @contextmanager
 def serving(
-    command: str, folder: Path, *options: str, backend: dict[str, Any], waiters: int = 4, **fields: Any
+    command: str,
+    folder: Path,
+    *options: str,
+    backend: dict[str, Any],
+    waiters: int = 4,
+    **fields: Any,
 ) -> Iterator[Server]:
-    port = free_port()
     policy = {"url_names": ["stays", "astays"], "key": "global", **fields}
     limit = {
         "BACKENDS": {"default": backend},
         "POLICIES": {"policies": {"cap": policy}},
         "MAX_SYNC_WAITERS": waiters,
     }
+    with serving_by(command, folder, *options, limit=limit) as server:
+        yield server
+
+
+@contextmanager
+def serving_by(command: str, folder: Path, *options: str, limit: dict[str, Any]) -> Iterator[Server]:
+    """`limit` is the setting."""
+    port = free_port()
     gauge_file = folder / "gauge"
     gauge_file.touch()
     env = {

@@ -50,4 +50,8 @@ urlpatterns = [
     path("thread/", in_a_thread, name="thread"),
     path("free/", free, name="free"),
     path("-/held/", line, name="line"),
+    *[
+        path(f"{name}/", stays, name=name)
+        for name in ("memory", "host", "redis", "memory-long", "host-long", "redis-long")
+    ],
 ]
