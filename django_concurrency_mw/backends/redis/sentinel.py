@@ -30,6 +30,9 @@ from .where import Where
 
 #: Seconds for which an answer is not asked for again in the same call: whoever finds it wrong has just been told it.
 FRESH = 0.1
+#: Seconds between two looks. A master that is replaced as planned takes itself for one ten seconds longer, and answers: so long
+#: some count there and some at the new one.
+LOOK_EVERY = 1.0
 
 
 class Sentinel(NamedTuple):
@@ -61,6 +64,7 @@ class Sentinels(Where):
         #: Believed if no sentinel answers: nothing was wrong with it but that a connection was lost.
         self._doubted: Known | None = None
         self._asking, self._pid = threading.Lock(), os.getpid()
+        self.look_every = LOOK_EVERY
 
     def keywords(self, deadline: float) -> Mapping[str, Any]:
         known = self._known or self._find(deadline)
@@ -84,17 +88,19 @@ class Sentinels(Where):
             self._order.rotate(-1)
         return known.since < monotonic() - FRESH
 
-    def look(self, deadline: float) -> None:
+    def look(self, deadline: float) -> bool:
         known = self._known
         if known is None or not self._lock().acquire(blocking=False):
-            return
+            return True  # whoever needs it asks, or does so just now
         try:
-            with contextlib.suppress(RedisError, OSError):
-                answer = self._ask(deadline)
-                if self._known is known and answer[:2] != known[:2]:
-                    self._known = answer
+            answer = self._ask(deadline)
+            if self._known is known and answer[:2] != known[:2]:
+                self._known = answer
+        except (RedisError, OSError):
+            return False
         finally:
             self._asking.release()
+        return True
 
     def is_former(self, conn: Any) -> bool:
         known = self._known
