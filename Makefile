@@ -16,7 +16,7 @@ help:
 	@echo "make test        run the test suite"
 	@echo "make chaos       all of the chaos suite, of which make test runs a part (ten minutes)"
 	@echo "make soak        a day in production: servers and Redis that fail over for ten minutes, and a report"
-	@echo "make test-all    run it on every supported Python and Django, and with every redis-py (half an hour)"
+	@echo "make test-all    run it on every supported Python and Django, every redis-py and other servers (45 minutes)"
 	@echo "make check       ruff, mypy, import-linter, and the docs"
 	@echo "make docs        build the docs into docs/_build/html; a wrong reference is an error"
 	@echo "make schema      write anew what is made from the table of policy fields"

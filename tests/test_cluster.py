@@ -27,7 +27,7 @@ from django_concurrency_mw.backends.redis import leftovers
 from django_concurrency_mw.backends.redis import store as store_module
 from django_concurrency_mw.backends.redis.cluster import MOST, Cluster, _node
 from django_concurrency_mw.backends.redis.errors import classed, passes
-from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection
+from django_concurrency_mw.backends.redis.redirects import Ask, Down, Moved, redirection, tries_again
 from django_concurrency_mw.backends.redis.redirects import Node as Address
 from django_concurrency_mw.backends.redis.rights import permitted
 from django_concurrency_mw.backends.redis.store import RedisBackend
@@ -629,6 +629,19 @@ class TestWords:
     @pytest.mark.parametrize("words", ["ERR unknown command", "NOSCRIPT No matching script", "TRYAGAIN Multiple keys"])
     def test_other_errors_are_none(self, words: str) -> None:
         assert redirection(ResponseError(words), "asked", None) is None
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "TRYAGAIN Multiple keys request during rehashing of slot",
+            "Error running script: @user_script:1: Lua script attempted to access a non local key in a cluster node",
+            "ERR Attempted to access a non local key in a cluster node script: on @user_script:1.",
+            "Unable to execute command 'mget' in script because undeclared keys were accessed during rehashing of the slot",
+        ],
+    )
+    def test_a_slot_that_moves_in_the_words_of_every_server(self, words: str) -> None:
+        """Of Redis 6.2 and 7.0, and of Valkey 9; Redis 7.2 and Valkey 8 have the last ones, too."""
+        assert tries_again(ResponseError(words))
 
     @pytest.mark.parametrize(
         ("said", "there"),

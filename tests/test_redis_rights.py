@@ -206,6 +206,25 @@ def test_what_is_switched_off_stays_so(code: str, said: str) -> None:
 @pytest.mark.parametrize(
     "said",
     [
+        "NOPERM this user has no permissions to run the 'zadd' command",
+        "Error running script (call to f_1): @user_script:1: @user_script: 1: The user executing the script can't run this "
+        "command or subcommand",
+        "The user executing the script can't access at least one of the keys mentioned in the command arguments script: 1",
+        "ACL failure in script: User app has no permissions to run the 'zadd' command script: on @user_script:1.",
+        "ACL failure in script: No permissions to access a key script: on @user_script:1.",
+    ],
+)
+def test_what_the_user_may_not_stays_so(said: str) -> None:
+    """As Redis 6.2, 7.0, and later ones and Valkey put it, of a command that was sent and of one inside a script."""
+    error = classed(ResponseError(said), Keys("p"))
+    assert isinstance(error, PermanentBackendError)
+    assert "ACL user" in error.cure
+    assert not passes(ResponseError(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
         "OOM command not allowed when used memory > 'maxmemory'.",
         "command not allowed when used memory > 'maxmemory'.",
         "Error running script (call to f_1): @user_script:7: -OOM command not allowed when used memory > 'maxmemory'.",

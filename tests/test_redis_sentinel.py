@@ -9,12 +9,13 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 import pytest
+import redis
 import trustme
 from django.core.exceptions import ImproperlyConfigured
 
@@ -25,6 +26,7 @@ from django_concurrency_mw.backends.redis.sentinel import Sentinels
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.exceptions import BackendError, PermanentBackendError
 from django_concurrency_mw.held import NEVER
+from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.limiter import store_of
 from django_concurrency_mw.outcomes import Queued, Slot, Taken
@@ -42,7 +44,7 @@ from .test_waiting import Client
 @pytest.fixture(scope="module")
 def three() -> Iterator[Trio]:
     """Whoever breaks it mends it."""
-    with trio() as made:
+    with trio("--user", "app", "on", ">pw", "~*", "&*", "+@all") as made:
         yield made
 
 
@@ -63,9 +65,13 @@ def make(prefix: str) -> Iterator[Callable[..., RedisBackend]]:
 Make = Callable[..., RedisBackend]
 
 
+LOOK_EVERY = "django_concurrency_mw.backends.redis.sentinel.LOOK_EVERY"
+
+
 @pytest.fixture
-def watched(three: Trio) -> Iterator[Proxy]:
-    """A sentinel whose connections are counted."""
+def watched(three: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A sentinel whose connections are counted: those of calls."""
+    monkeypatch.setattr(LOOK_EVERY, 3600)
     proxy = Proxy(three.sentinels[0].port)
     yield proxy
     proxy.stop()
@@ -116,6 +122,12 @@ def works(store: RedisBackend, half: str = "both") -> None:
         asyncio.run(main())
 
 
+def next_look(store: RedisBackend) -> float:
+    """The monotonic second."""
+    (due,) = [due for due, _, call in keeper._calls if call == store._tend]
+    return due
+
+
 class TestAsking:
     def test_the_master_is_found_by_threads_and_loops_and_asked_for_once(
         self, three: Trio, watched: Proxy, make: Make, prefix: str
@@ -159,6 +171,19 @@ class TestAsking:
                 works(store, half)
             assert monotonic() - began < 5 * 0.3
             assert not isinstance(raised.value, PermanentBackendError)
+
+    def test_the_keeper_looks_every_second(self, three: Trio, make: Make) -> None:
+        """From the first connection on; but less often while no sentinel answers: it has other things to do."""
+        store, cut_off = make(three.urls), make([f"redis://127.0.0.1:{free_port()}"])
+        with keeper.at_work():
+            works(store, "threads")
+            assert next_look(store) <= monotonic() + 1
+            where(cut_off)._known = where(store)._known
+            for one in (store, cut_off):
+                keeper.cancel(one._tend)
+                one._tend()
+            assert next_look(store) <= monotonic() + 1
+            assert next_look(cut_off) > next_look(store) + 1
 
     def test_the_dead_are_named(self, make: Make) -> None:
         port = free_port()
@@ -315,12 +340,13 @@ class TestTheMasterIsAnother:
             assert wait_until(lambda: three.replica.held(prefix) == 2)  # replicated
             self.demote(three, self.switch(three))
 
-        if half == "loop":
-            asyncio.run(on_a_loop())
-        else:
-            before()
-            move()
-            after()
+        with keeper.at_work():  # which would find out before
+            if half == "loop":
+                asyncio.run(on_a_loop())
+            else:
+                before()
+                move()
+                after()
         assert wait_until(lambda: three.master.held(prefix) == 2)
         assert store.counts([kept]) == [1]
 
@@ -348,11 +374,12 @@ class TestTheMasterIsAnother:
             await store.atake([slot("loop")])
             store.take([slot("thread")])
             assert wait_until(lambda: three.replica.held(prefix) == 2)
-            former = self.switch(three)
-            lost = slot("lost")
-            store.take([lost])
-            assert (former.held(prefix), three.master.held(prefix)) == (3, 2)
-            store._follow()
+            with keeper.at_work():
+                former = self.switch(three)
+                lost = slot("lost")
+                store.take([lost])
+                assert (former.held(prefix), three.master.held(prefix)) == (3, 2)
+                store._follow()
             (mux,) = store._muxes.values()
             assert await await_until(lambda: mux._conn is None)
             await store.atake([slot("loop")])
@@ -464,11 +491,35 @@ class Load:
         return wait_until(lambda: bool(self.errors) or self.states["held"] >= before + by, 60)
 
 
-@pytest.mark.parametrize("what", ["killed", "replaced"] * (5 if LONG else 1))
+def cut_off(three: Trio, master: RedisServer) -> None:
+    """From the sentinels and from its replica, which are the default user, and from nobody else."""
+    with master.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "off")
+        with suppress(redis.ConnectionError):
+            client.execute_command("CLIENT", "KILL", "USER", "default", "SKIPME", "no")
+
+
+def counted(server: RedisServer) -> int:
+    """Scripts that the server has run."""
+    with server.client(username="app", password="pw") as client:
+        said: Any = client.info("commandstats")
+    return sum(said[name]["calls"] for name in ("cmdstat_evalsha", "cmdstat_eval") if name in said)
+
+
+def left(server: RedisServer) -> bool:
+    """Does nobody count there any more?"""
+    before = counted(server)
+    sleep(0.2)
+    return counted(server) == before
+
+
+@pytest.mark.parametrize("what", ["killed", "replaced", *(["cut off"] if LONG else [])] * (5 if LONG else 1))
 def test_a_failover_under_load_is_an_outage_like_any_other(
     what: str, three: Trio, limits: Limits, prefix: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Nobody gets an exception. ON_BACKEND_ERROR decides until the new master is there, and nothing stays held."""
+    """Nobody gets an exception. ON_BACKEND_ERROR decides until the new master is there, and nothing stays held.
+
+    One that is replaced, or cut off from all but us, takes itself for the master on and on: it is left all the same."""
     ttl, most = 3.0, 5
     limits(
         {"policies": {"limited": {"key": "global", "max_concurrent": most, "ttl": ttl}}},
@@ -476,6 +527,7 @@ def test_a_failover_under_load_is_an_outage_like_any_other(
             "default": {
                 "BACKEND": "redis",
                 "KEY_PREFIX": prefix,
+                "LOCATION": "redis://app:pw@",
                 "OPTIONS": {**three.options, "socket_timeout": 1},
             }
         },
@@ -489,11 +541,16 @@ def test_a_failover_under_load_is_an_outage_like_any_other(
         former = three.kill_master() if what == "killed" else three.master
         if what == "replaced":
             three.fail_over()
-            with former.client() as client:  # as sentinels do later
-                client.execute_command("REPLICAOF", "127.0.0.1", str(three.master_port))
-        else:
-            assert wait_until(lambda: three.master_port != former.port, 30)
+        elif what == "cut off":
+            cut_off(three, former)
+        assert wait_until(lambda: three.master_port != former.port, 30)
         switched = monotonic() - began
+        if what != "killed":
+            assert wait_until(lambda: left(former))
+            print("left", monotonic() - began - switched)
+            with former.client(username="app", password="pw") as client:
+                client.execute_command("ACL", "SETUSER", "default", "on")
+                client.execute_command("REPLICAOF", "127.0.0.1", str(three.master_port))  # as they do later
         assert works_again(store, 30)
         assert load.held_more()
     finally:

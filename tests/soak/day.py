@@ -109,6 +109,8 @@ def one_day(place: Stage, fleet: Fleet, clients: int, report: Report) -> None:
     day = Day(place, fleet, report.seconds)
     try:
         day.pass_by()
+        # A day may be short, and the machine busy.
+        wait_until(lambda: {event.policy for event in read(fleet.events)} >= set(BOUNDS))
     except Exception as error:
         report.wrong.append(f"something could not be done: {type(error).__name__}: {error}")
     finally:

@@ -29,6 +29,8 @@ DISABLED = (
     r"|(unsupported|forbidden|disallowed|disabled|blocked|restricted) command|operation not permitted"
 )
 
+#: What servers say where a script asks for a command or a key that the user may not have: Redis up to 7.0; later ones, Valkey.
+FORBIDDEN = r"can't (run this command|access at least one of the keys)|ACL failure in script"
 
 #: How errors begin that are about the server's state, whatever is asked.
 STATES = r"-?(BUSY|LOADING|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|NOAUTH|UNKILLABLE)\b"
@@ -46,7 +48,10 @@ def passes(reply: object) -> bool:
     """Is this reply an error that goes by: busy, short of memory or disk, loading? What is forbidden or nonsense stays so."""
     if not isinstance(reply, ResponseError) or isinstance(reply, NoPermissionError):
         return False
-    return code(reply) not in ("WRONGTYPE", "NOPERM", "CROSSSLOT") and not _is_disabled(str(reply))
+    text = str(reply)
+    if code(reply) in ("WRONGTYPE", "NOPERM", "CROSSSLOT"):
+        return False
+    return not _is_forbidden(text) and not _is_disabled(text)
 
 
 def is_of_the_command(reply: object) -> bool:
@@ -96,7 +101,7 @@ def _cure(error: BaseException | None, text: str, keys: Keys) -> str:
         return error.cure
     prefix = keys.prefix.decode()
     permissions = permitted(keys) + _beyond(text, permitted(keys))
-    if isinstance(error, NoPermissionError) or _is(text, "NOPERM") or "can't run this command" in text:
+    if isinstance(error, NoPermissionError) or _is_forbidden(text):
         return "the ACL user of LOCATION may not do what the store needs: " + permissions
     if isinstance(error, (AuthenticationError, AuthorizationError)) or _is(text, "NOAUTH", "WRONGPASS"):
         return "put the right user and password into LOCATION, or into OPTIONS as `username` and `password`"
@@ -132,6 +137,11 @@ def is_replica(error: BaseException | None) -> bool:
     while error is not None and not is_demoted(error):
         error = error.__cause__
     return error is not None
+
+
+def _is_forbidden(text: str) -> bool:
+    """By the ACL: of a command that was sent, or of one inside a script."""
+    return _is(text, "NOPERM") or re.search(FORBIDDEN, text) is not None
 
 
 def _is_disabled(text: str) -> bool:

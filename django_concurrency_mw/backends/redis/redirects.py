@@ -20,6 +20,9 @@ _CODES = {
     "TryAgainError": "TRYAGAIN",
     "ClusterCrossSlotError": "CROSSSLOT",
 }
+#: What a script says that met a key there is none of here, or no more: it is at the other node, or will be. The second is of
+#: Redis 7.2 and Valkey 8, where some of a command's keys are here, or where this is the new node. See `moves` in lines.lua.
+NOT_HERE = ("access a non local key", "rehashing of the slot")
 
 
 class Node(NamedTuple):
@@ -68,8 +71,9 @@ def code(error: BaseException) -> str:
 
 def tries_again(error: BaseException | None) -> bool:
     """The keys of one command are at two nodes, or nowhere yet, while their slot moves: it goes by."""
-    # The latter is what a script says that met a key there is none of here any more: it is at the other node, or will be.
-    return isinstance(error, ResponseError) and (code(error) == "TRYAGAIN" or "access a non local key" in str(error))
+    if not isinstance(error, ResponseError):
+        return False
+    return code(error) == "TRYAGAIN" or any(words in str(error) for words in NOT_HERE)
 
 
 def redirection(error: ResponseError, host: str, remap: Remap | None) -> Exception | None:

@@ -29,6 +29,9 @@ from .where import Where
 
 #: Seconds for which an answer is not asked for again in the same call: whoever finds it wrong has just been told it.
 FRESH = 0.1
+#: Seconds between two looks. A master that is replaced as planned takes itself for one ten seconds longer, and answers: so long
+#: some count there and some at the new one.
+LOOK_EVERY = 1.0
 
 
 class Sentinel(NamedTuple):
@@ -59,6 +62,7 @@ class Sentinels(Where):
         self._known: Known | None = None
         #: Believed if no sentinel answers: nothing was wrong with it but that a connection was lost.
         self._doubted: Known | None = None
+        self.look_every = LOOK_EVERY
         self.forget()
 
     def forget(self) -> None:
@@ -86,17 +90,19 @@ class Sentinels(Where):
             self._order.rotate(-1)
         return known.since < monotonic() - FRESH
 
-    def look(self, deadline: float) -> None:
+    def look(self, deadline: float) -> bool:
         known = self._known
         if known is None or not self._asking.acquire(blocking=False):
-            return
+            return True  # whoever needs it asks, or does so just now
         try:
-            with contextlib.suppress(RedisError, OSError):
-                answer = self._ask(deadline)
-                if self._known is known and answer[:2] != known[:2]:
-                    self._known = answer
+            answer = self._ask(deadline)
+            if self._known is known and answer[:2] != known[:2]:
+                self._known = answer
+        except (RedisError, OSError):
+            return False
         finally:
             self._asking.release()
+        return True
 
     def is_former(self, conn: Any) -> bool:
         known = self._known

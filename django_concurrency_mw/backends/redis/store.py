@@ -44,7 +44,7 @@ from .where import Fixed
 
 logger = logging.getLogger("django_concurrency_mw")
 
-#: Seconds between two looks at idle connections.
+#: Seconds between two looks at idle connections, at most.
 TEND_EVERY = 5.0
 #: Seconds between two tries to carry out what is left over.
 DELIVER_AGAIN = 0.25
@@ -370,22 +370,25 @@ class RedisBackend(BaseBackend):
         """There is a connection of threads to look after from now on."""
         if not self._tended:
             self._tended = True
-            keeper.at(TEND_EVERY, self._tend)
+            keeper.at(min(TEND_EVERY, self._recipe.where.look_every), self._tend)
 
     def _tend(self) -> None:
         """In the keeper's thread: look after idle connections, and after loops that ended without a word."""
+        soon = False
         try:
             self._drop_ended()
             self._lines.tend()
-            self._follow()
+            soon = self._follow()
         finally:
-            keeper.at(TEND_EVERY, self._tend)
+            keeper.at(min(TEND_EVERY, self._recipe.where.look_every) if soon else TEND_EVERY, self._tend)
 
-    def _follow(self) -> None:
-        """In the keeper's thread: nobody goes on asking a server that takes itself for the one still."""
-        self._recipe.where.look(monotonic() + self.timeout)
+    def _follow(self) -> bool:
+        """In the keeper's thread: nobody goes on asking a server that takes itself for the one still. Returns whether to look
+        again soon."""
+        soon = self._recipe.where.look(monotonic() + self.timeout)
         self._ear.leave()
         self._leave()
+        return soon
 
     def _leave(self) -> None:
         self._lines.leave()

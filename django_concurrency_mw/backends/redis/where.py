@@ -13,6 +13,9 @@ from typing import Any, Protocol
 class Where(Protocol):
     """Shared by all connections of a store, its threads' and its event loops'."""
 
+    #: Seconds between two looks; infinite where nobody needs them.
+    look_every: float
+
     def keywords(self, deadline: float) -> Mapping[str, Any]:
         """What a new connection of a thread needs beyond the recipe's own keywords, such as host and port. Known, or asked for
         until `deadline` (monotonic seconds). Raises: redis.ConnectionError, redis.TimeoutError."""
@@ -24,8 +27,9 @@ class Where(Protocol):
         """This connection (None: one that is not known) was lost, refused, or told that its server is not the one (any more):
         READONLY, MOVED. Forget where it went to. Returns whether the next one may well go elsewhere at once."""
 
-    def look(self, deadline: float) -> None:
-        """Ask whether what is known still holds, until `deadline`; in the keeper's thread. Raises nothing."""
+    def look(self, deadline: float) -> bool:
+        """Ask whether what is known still holds, until `deadline`; in the keeper's thread. Returns whether that may be asked
+        again soon: it did not keep the thread for nothing. Raises nothing."""
 
     def is_former(self, conn: Any) -> bool:
         """Does this connection go where nobody is to be asked any more?"""
@@ -37,6 +41,8 @@ class Where(Protocol):
 class Fixed:
     """LOCATION is the server."""
 
+    look_every = float("inf")
+
     def keywords(self, deadline: float) -> Mapping[str, Any]:
         return {}
 
@@ -47,8 +53,9 @@ class Fixed:
         """There is no other."""
         return False
 
-    def look(self, deadline: float) -> None:
+    def look(self, deadline: float) -> bool:
         """It is where it is."""
+        return True
 
     def is_former(self, conn: Any) -> bool:
         return False

@@ -22,7 +22,9 @@ local function nothing(key)
 end
 local function moves(key)
   local reply = redis.pcall('MGET', nothing(key) .. ':1', nothing(key) .. ':2')
-  return reply.err ~= nil and string.find(reply.err, 'non local key', 1, true) ~= nil
+  if reply.err == nil then return false end
+  local function says(words) return string.find(reply.err, words, 1, true) ~= nil end
+  return says('non local key') or says('rehashing of the slot') -- the latter: Redis 7.2 and Valkey 8, where it is the new node
 end
 local function place(key, token)
   return beside(key, 'place') .. ':' .. token
