@@ -114,7 +114,9 @@ def test_while_it_moves_nobody_joins_a_line_and_who_asks_first_has_what_is_free(
         assert isinstance(late.ask_for_the_last_time(), Full)
         assert places(store) == {first.slots[0].token: 1}
     move.finish()
-    assert places(store) == {first.slots[0].token: 1}
+    # What `late` has given back may reach the new node before our process listens there: then `first` is passed over, and comes
+    # back to its place when it asks.
+    assert places(store) in ({}, {first.slots[0].token: 1})
     assert isinstance(late.ask(), Queued)
     assert wait_until(lambda: listens_at(store, move.target))
     assert isinstance(first.ask(), Queued)  # as above
