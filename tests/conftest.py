@@ -13,9 +13,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 from hypothesis import settings as hypothesis_settings
 
 from django_concurrency_mw import backends, health, peaks
+from django_concurrency_mw.keeper import keeper
 
 from .proxy import Proxy
 from .redis_cluster import RedisCluster
@@ -24,10 +26,11 @@ from .support import EARLIER, limits
 
 __all__ = ["limits"]
 
-# The same examples on every run of CI; elsewhere new ones each time, so that something may still be found.
-hypothesis_settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis_settings.load_profile("ci")
+# The same examples on every run of CI; elsewhere new ones each time, so that something may still be found. Never a deadline:
+# a busy machine stands still for longer than any example takes.
+hypothesis_settings.register_profile("here", deadline=None)
+hypothesis_settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 ROOT = Path(__file__).resolve().parent.parent
 _numbers = count()
@@ -131,6 +134,19 @@ def _forget_stores() -> Iterator[None]:
     One that fails still may come back in a later test: it says so under another name then.
     """
     yield
+    # Else the keeper waits for a server that is gone, say, and later tests for the keeper. What it is trying goes next time.
+    if keeper._owed and keeper._working.acquire(blocking=False):
+        keeper._owed.clear()
+        keeper._working.release()
     backends._instances.clear()
     for store in list(health._probes):
         store.config = replace(store.config, alias=EARLIER)
+
+
+@pytest.fixture(autouse=True)
+def _settings_stay() -> Iterator[None]:
+    """What a test overrides is undone in its order: else those after it run with other settings, or not, as their order is."""
+    before = settings._wrapped
+    yield
+    after, settings._wrapped = settings._wrapped, before
+    assert after is before, "the settings of this test are still in force"
