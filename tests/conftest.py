@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
+from django.db.models.signals import post_migrate
 from hypothesis import settings as hypothesis_settings
 
 from django_concurrency_mw import backends, health, peaks
@@ -117,6 +118,16 @@ def _no_files_left() -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError), file.open("r+b") as opened:
             if not any_alive(opened.fileno(), 0, PROCESSES):
                 file.unlink()
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> None:
+    """After a test whose transactions are real Django empties the tables and makes the permissions of each model anew.
+
+    No test asks for one, and that took most of such a test's time.
+    """
+    post_migrate.receivers.clear()
+    post_migrate.sender_receivers_cache.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
