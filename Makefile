@@ -28,8 +28,9 @@ demo: $(VENV)/.demo-stamp
 demo-redis: $(VENV)/.demo-stamp
 	@$(BIN)/python example_project/demo.py --redis
 
+# Two workers, however many processors there are: the tests wait half of their time, and more would disturb those with a clock.
 test: $(VENV)/.dev-stamp
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 # Ports, files and processes are its own, so it can run beside other things; it wants an idle machine all the same.
 chaos: $(VENV)/.dev-stamp

@@ -67,7 +67,7 @@ _add_pyenv()
 def tests(session: nox.Session, django: str) -> None:
     """The whole suite; arguments after `--` go to pytest."""
     session.install("--quiet", "--editable", ".[redis,test]", f"django=={django}.*")
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", NOT_HERE, *session.posargs)
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", NOT_HERE, *session.posargs)
 
 
 @nox.session(python="3.11")

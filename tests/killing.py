@@ -20,7 +20,7 @@ Killed = tuple[Callable[[HostBackend], None], Callable[[HostBackend], Any]]
 
 def may_be_over(point: int, points: range) -> bool:
     """How many steps a call takes may vary a little, as where it meets others: who was through before has ended by itself."""
-    return point > 0.9 * points.stop
+    return point > 0.8 * points.stop
 
 
 def killed_at(point: int, store: Callable[[], HostBackend], calls: Killed) -> int:

@@ -21,10 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 _dice = random.SystemRandom()  # hypothesis seeds the usual one
 
 
+#: Below those that the kernel gives away by itself: a client may have taken one of these before a server binds it.
+_ports = range(15_000, 32_000)
+
+
+def share_ports(worker: int, workers: int) -> None:
+    """From now on this process has the ports to itself that no other worker of this run looks at."""
+    global _ports
+    _ports = _ports[worker::workers]
+
+
 def free_port() -> int:
-    """Below those that the kernel gives away by itself: a client may have taken one of these before a server binds it."""
     while True:
-        port = _dice.randrange(15_000, 32_000)
+        port = _dice.choice(_ports)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -91,8 +92,14 @@ def test_w021_a_session_that_has_no_key(limits: Limits, decorate: Decorate, key:
     del view
 
 
-@override_settings(SESSION_ENGINE=SIGNED)
-def test_what_w021_says_is_so(limits: Limits) -> None:
+@pytest.fixture
+def signed() -> Iterator[None]:
+    """Before `limits` in a test's arguments, as overrides are undone in their order."""
+    with override_settings(SESSION_ENGINE=SIGNED):
+        yield
+
+
+def test_what_w021_says_is_so(signed: None, limits: Limits) -> None:
     """Two cookies of one client, both valid, are counted apart; one that is made up is missing."""
     limits(everything(key="session"))
 

@@ -39,8 +39,8 @@ def use(limits: Limits, urls: list[Any], **fields: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _site() -> Any:
-    """The site of `use`, for one test."""
+def _site(limits: Limits) -> Any:
+    """The site of `use`, for one test. It ends before the limits do, as overrides are undone in their order."""
     global _use_urls
     entered: list[Any] = []
 

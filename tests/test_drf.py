@@ -734,7 +734,7 @@ def documented() -> Iterator[dict[str, Any]]:
 
 @with_and_without
 def test_the_examples_of_the_page_do_what_it_says(
-    limits: Limits, ours: list[str], documented: dict[str, Any], alice: str, tmp_path: Path
+    documented: dict[str, Any], limits: Limits, ours: list[str], alice: str, tmp_path: Path
 ) -> None:
     (yaml,) = blocks("yaml")
     (tmp_path / "policies.yaml").write_text(yaml)

@@ -146,7 +146,7 @@ def test_both_outcomes_came_up() -> None:
 
 @pytest.mark.parametrize("site", ["tests.decorated_urls", "tests.urls", "tests.drf_urls"])
 @pytest.mark.django_db(transaction=True)
-def test_every_form_of_a_decorated_view(limits: Limits, settings: Any, site: str) -> None:
+def test_every_form_of_a_decorated_view(settings: Any, limits: Limits, site: str) -> None:
     """Which policies a request of each view takes, in their order: the table's, the decorators', the throttle's."""
     settings.ROOT_URLCONF = site
     policies = table(all={"url_names": ["*"], "max_concurrent": 50}, **{"from-table": {"max_concurrent": 9}})

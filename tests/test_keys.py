@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -409,7 +409,7 @@ def test_the_key_of_an_anonymous_request(limits: Limits, case: str) -> None:
 @pytest.mark.parametrize("case", LOGGED_IN)
 def test_the_key_of_a_user(limits: Limits, login: Login, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text and digest are the same in both halves, with the session and the user in the database."""
-    row = ContentType.objects.get(app_label="sessions", model="session")
+    row, _ = ContentType.objects.get_or_create(app_label="sessions", model="session")
 
     def lazy(user: User) -> Any:
         user.__dict__["lazy"] = SimpleLazyObject(lambda: ContentType.objects.get(pk=row.pk))
@@ -530,17 +530,23 @@ def test_a_database_that_fails_is_an_error_all_the_same(
     assert nothing_held()
 
 
-def test_signed_cookies(limits: Limits, rf: RequestFactory) -> None:
-    """What they signed is known; what they did not sign is missing, in both halves."""
+@pytest.fixture
+def signing() -> Iterator[None]:
+    """Sessions in signed cookies. Before `limits` in a test's arguments, as overrides are undone in their order."""
     with override_settings(SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies"):
-        session = signed_cookies.SessionStore()
-        session["color"] = "blue"
-        session.save()
-        key = str(session.session_key)
-        limits(one("session"), BACKENDS=RECORDING)
-        for way in WAYS.values():
-            check(way, Sent(headers={"Cookie": f"sessionid={key}"}), f"session:{digest_text(key)}")
-            check(way, Sent(headers={"Cookie": f"sessionid={key}x"}), FALLBACK)
+        yield
+
+
+def test_signed_cookies(signing: None, limits: Limits, rf: RequestFactory) -> None:
+    """What they signed is known; what they did not sign is missing, in both halves."""
+    session = signed_cookies.SessionStore()
+    session["color"] = "blue"
+    session.save()
+    key = str(session.session_key)
+    limits(one("session"), BACKENDS=RECORDING)
+    for way in WAYS.values():
+        check(way, Sent(headers={"Cookie": f"sessionid={key}"}), f"session:{digest_text(key)}")
+        check(way, Sent(headers={"Cookie": f"sessionid={key}x"}), FALLBACK)
 
 
 def test_without_sessions_and_users(limits: Limits, way: Way) -> None:

@@ -180,6 +180,13 @@ def in_line() -> int:
     return sum(len(store.waiters()) for store in list(backends._instances.values()))
 
 
+@pytest.fixture(autouse=True)
+def _urls() -> Iterator[None]:
+    """Those of this module. Before `limits`, as overrides are undone in their order."""
+    with override_settings(ROOT_URLCONF=__name__):
+        yield
+
+
 @pytest.fixture(params=WAITING)
 def site(request: pytest.FixtureRequest, limits: Limits, prefix: str, tmp_path: Any) -> Iterator[Site]:
     yield from _site(limits, backend_entry(request.param, request, prefix, tmp_path))
@@ -191,13 +198,12 @@ def memory_site(request: pytest.FixtureRequest, limits: Limits, prefix: str, tmp
 
 
 def _site(limits: Limits, entry: dict[str, Any]) -> Iterator[Site]:
-    with override_settings(ROOT_URLCONF=__name__):
-        site = Site(limits, entry)
-        site.use()
-        yield site
-        site._pool.shutdown()
-        assert wait_until(lambda: held() == [] and in_line() == 0), (held(), in_line())
-        assert len(drivers._waiting) == 0
+    site = Site(limits, entry)
+    site.use()
+    yield site
+    site._pool.shutdown()
+    assert wait_until(lambda: held() == [] and in_line() == 0), (held(), in_line())
+    assert len(drivers._waiting) == 0
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ ASK_AFTER, CLOSE_AFTER = 1.0, 10.0
 BACK_OFF, FORBIDDEN_FOR = 0.25, 30.0
 #: Attempts that fail in a row until those who wait have to know.
 ASK_OFTEN_AFTER = 3
+#: Of its own: a project that seeds the usual one makes no two processes come back at once, and is not disturbed from here.
+_dice = random.SystemRandom()
 
 
 class Ear:
@@ -161,7 +163,7 @@ class Ear:
             if self._ends(hurry):
                 return
             if failures >= ASK_OFTEN_AFTER:
-                hurry.wait(min(BACK_OFF, 0.05 * 2 ** min(failures, 6)) * (0.5 + random.random() / 2))
+                hurry.wait(min(BACK_OFF, 0.05 * 2 ** min(failures, 6)) * (0.5 + _dice.random() / 2))
             elif failures:
                 hurry.wait(0.01)
 
