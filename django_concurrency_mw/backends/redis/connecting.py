@@ -154,7 +154,7 @@ class Recipe:
             **self._quiet,
             **{**self.keywords, **extra, "socket_timeout": BY_HAND},
         )
-        return kind(connection_pool=pool)
+        return kind.from_pool(pool)  # so it is the client's own: else to close the client would close nothing
 
     def _found(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
         self.found()
