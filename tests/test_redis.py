@@ -228,6 +228,13 @@ class TestThreads:
             thread.join()
         assert store._lines.connects == 1
 
+    def test_what_asks_by_hand_closes_its_connection(self, store: RedisBackend, redis_server: RedisServer) -> None:
+        """No garbage collection has to come by for that: it might find the socket first, which is a ResourceWarning."""
+        with store._recipe.client() as by_hand:
+            number = by_hand.client_id()
+        with redis_server.client() as server:
+            assert wait_until(lambda: server.client_list(client_id=[number]) == []), by_hand
+
     def test_a_connection_that_died_idle_is_replaced_unseen(
         self, store: RedisBackend, redis_server: RedisServer
     ) -> None:

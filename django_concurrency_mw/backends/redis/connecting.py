@@ -6,14 +6,10 @@ several: here one deadline covers connecting, the handshake and the reply togeth
 
 from __future__ import annotations
 
-import inspect
-import re
 import socket
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from time import monotonic
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import redis
 import redis.asyncio
@@ -26,8 +22,18 @@ from redis.retry import Retry
 
 from ...afresh import are_greenlets
 from ..base import BackendConfig
-from . import tls
 from .errors import is_demoted
+from .options import (
+    DATABASE_0,
+    SCHEMES,
+    checked,
+    keywords_of,
+    seconds,
+    startup_nodes,
+    take_cluster,
+    without_password,
+    without_query,
+)
 from .redirects import Node, Remap, following, raising, understood
 from .where import Fixed, Where
 
@@ -37,31 +43,6 @@ DEFAULT_TIMEOUT = 0.25
 BY_HAND = 5.0
 #: Of greenlets each step may take the time of a call, and a call so many of these in all.
 STEPS = 20
-SCHEMES = ("redis://", "rediss://", "unix://")
-#: Those that a Cluster can be made of: a node tells a host and a port of the others.
-CLUSTER_SCHEMES = ("redis://", "rediss://")
-#: Where they stand wrong.
-OF_A_CLUSTER = {
-    "cluster": "it is written into OPTIONS, as True, and not into the URL",
-    "address_remap": "it is for a Cluster alone, beside 'cluster': True",
-}
-DATABASE_0 = "a Cluster has database 0 only: take the number out"
-#: What would break the exchange of raw replies, or takes the deadline out of our hands.
-REFUSED = {
-    "decode_responses": "the store reads raw replies",
-    "retry": "a request retries nothing; ON_BACKEND_ERROR decides",
-    "retry_on_timeout": "a request retries nothing; ON_BACKEND_ERROR decides",
-    "retry_on_error": "a request retries nothing; ON_BACKEND_ERROR decides",
-    "socket_connect_timeout": "socket_timeout is one deadline for connecting, handshake and reply together",
-    "health_check_interval": "a dead connection is found by its use",
-    "parser_class": "the store chooses it",
-    "sentinels": "it is a list of URLs in OPTIONS, beside master_name",
-    "master_name": "it stands in OPTIONS, beside sentinels",
-    "ssl": "write rediss:// in LOCATION",
-    "maint_notifications_config": "the store finds out by itself where its server is",
-    "connection_pool": "the store keeps its own connections",
-    "max_connections": "the store keeps as many connections as calls are under way at once",
-}
 
 
 class Recipe:
@@ -79,25 +60,25 @@ class Recipe:
         self.nodes: tuple[Node, ...] = ()
         #: Of a Cluster: what makes of an address that a node told one that is reached from here.
         self.address_remap: Remap | None = None
-        if _is_cluster(options, f"{place}['OPTIONS']"):
-            location, self.nodes = _startup_nodes(location, f"{place}['LOCATION']")
+        if take_cluster(options, f"{place}['OPTIONS']"):
+            location, self.nodes = startup_nodes(location, f"{place}['LOCATION']")
             self.address_remap = options.pop("address_remap", None)
         if not isinstance(location, str) or not location.startswith(SCHEMES):
             raise ImproperlyConfigured(
                 f"{at}: expected a URL such as {DEFAULT_LOCATION!r} ({', '.join(SCHEMES)}), "
-                f"got {_without_password(location)}"
+                f"got {without_password(location)}"
                 + (
                     "; a list is for a Cluster, with OPTIONS['cluster'] = True"
                     if isinstance(location, (list, tuple))
                     else ""
                 )
             )
-        bare, asked = _without_query(location, at)
+        bare, asked = without_query(location, at)
         # Options may stand in the URL too; redis-py lets those win over keywords, and so do we, but checked like the others.
         options |= asked
-        self.timeout = _timeout(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
+        self.timeout = seconds(options.pop("socket_timeout", DEFAULT_TIMEOUT), f"{place}['OPTIONS']['socket_timeout']")
         known = redis.ConnectionPool.from_url(bare)
-        more = _check_options(options, known.connection_class, f"{place}['OPTIONS']")
+        more = checked(options, known.connection_class, f"{place}['OPTIONS']")
         # Integers read the same in RESP 2 and 3; 2 has the shorter handshake.
         wanted = {"protocol": 2, **options, **more}
         wanted |= {"decode_responses": False, "health_check_interval": 0, "socket_connect_timeout": self.timeout}
@@ -154,7 +135,7 @@ class Recipe:
             **self._quiet,
             **{**self.keywords, **extra, "socket_timeout": BY_HAND},
         )
-        return kind(connection_pool=pool)
+        return kind.from_pool(pool)  # so it is the client's own: else to close the client would close nothing
 
     def _found(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
         self.found()
@@ -188,137 +169,14 @@ def server_of_url(url: str, options: Mapping[str, Any]) -> tuple[str, int, int] 
         return None
 
 
-def _is_cluster(options: dict[str, Any], place: str) -> bool:
-    """Takes the option out. Raises: ImproperlyConfigured."""
-    cluster = options.pop("cluster", False)
-    if not isinstance(cluster, bool):
-        raise ImproperlyConfigured(f"{place}['cluster']: expected True or False, got a {type(cluster).__name__}")
-    for name in ("host", "port", "path"):
-        if cluster and name in options:
-            raise ImproperlyConfigured(f"{place}[{name!r}]: the URLs in LOCATION say where the nodes are")
-    remap = options.get("address_remap")
-    if cluster and remap is not None and not callable(remap):
-        raise ImproperlyConfigured(
-            f"{place}['address_remap']: expected a callable ((host, port)) -> (host, port), got a {type(remap).__name__}"
-        )
-    return cluster
-
-
-def _startup_nodes(location: Any, place: str) -> tuple[str, tuple[Node, ...]]:
-    """The URL that says how all nodes are spoken to, and the nodes that LOCATION names. Raises: ImproperlyConfigured."""
-    urls = list(location) if isinstance(location, (list, tuple)) else [location]
-    if not urls:
-        raise ImproperlyConfigured(f"{place}: expected the URL of at least one node of the Cluster, got an empty list")
-    nodes, first = [], None
-    for url in urls:
-        if not isinstance(url, str) or not url.startswith(CLUSTER_SCHEMES):
-            raise ImproperlyConfigured(
-                f"{place}: expected URLs of nodes such as 'redis://10.0.0.1:6379' ({', '.join(CLUSTER_SCHEMES)}), "
-                f"got {_without_password(url)}"
-            )
-        _without_query(url, place)
-        said = parse_url(url)  # type: ignore[no-untyped-call]  # redis-py's
-        nodes.append(Node(str(said.pop("host", "localhost")), int(said.pop("port", 6379))))
-        if int(said.pop("db", 0) or 0):
-            raise ImproperlyConfigured(f"{place}: {DATABASE_0}")
-        if first is not None and said != first:
-            raise ImproperlyConfigured(
-                f"{place}: {_without_password(url)} differs from the first URL in more than host and port; a user, a password "
-                "and TLS are those of all nodes"
-            )
-        first = said
-    return urls[0], tuple(dict.fromkeys(nodes))
-
-
-def _without_query(location: str, place: str) -> tuple[str, dict[str, Any]]:
-    """The URL by itself, and the options in its query. Raises: ImproperlyConfigured."""
-    bare, _, query = location.partition("?")
-    try:
-        by_itself, whole = parse_url(bare), parse_url(location)  # type: ignore[no-untyped-call]  # redis-py's
-        if "@" in query:
-            raise ValueError
-        path = "" if bare.startswith("unix:") else urlsplit(bare).path.replace("/", "")
-        if path and not path.isdecimal():  # redis-py would take database 0
-            raise ValueError
-    except ValueError:  # its message may repeat the password
-        raise ImproperlyConfigured(
-            f"{place}: {_without_password(location)} cannot be used: not a valid URL, its database is no number, or a value "
-            "in its query cannot be used (in a password `/ ? # @ :` have to be percent-encoded)"
-        ) from None
-    names = {name for name, _ in parse_qsl(query, keep_blank_values=True)}
-    return bare, {
-        name: whole.get(name, "") for name in names if name not in by_itself or whole.get(name) != by_itself[name]
-    }
-
-
-def _without_password(location: object) -> str:
-    if not isinstance(location, str):
-        return f"a {type(location).__name__}"
-    return repr(re.sub(r"[?#].*", "", re.sub(r"//.*@", "//...@", location)))
-
-
-def _timeout(value: Any, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.001 <= value <= 3600:
-        raise ImproperlyConfigured(f"{place}: expected seconds from 0.001 to 3600, got {value!r}")
-    return float(value)
-
-
-def _keywords(connection_class: type) -> set[str]:
-    """Every keyword that this kind of connection takes, its bases' included."""
-    names: set[str] = set()
-    for cls in connection_class.__mro__:
-        if "__init__" in vars(cls):
-            for parameter in inspect.signature(vars(cls)["__init__"]).parameters.values():
-                if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                    names.add(parameter.name)
-    return names - {"self"}
-
-
 def _quiet(connection_class: type) -> dict[str, Any]:
     """With RESP 3 redis-py asks the server, from its version 7 on, to tell of its own maintenance: one more round trip, for the
     good of a pool that is not there; and such a connection cannot be made to speak RESP 2, as the ear does."""
-    if "maint_notifications_config" not in _keywords(connection_class):
+    if "maint_notifications_config" not in keywords_of(connection_class):
         return {}
     from redis.maint_notifications import MaintNotificationsConfig
 
     return {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
-
-
-def _check_options(options: Mapping[str, Any], connection_class: type, place: str) -> dict[str, Any]:
-    """Returns what stands in the place of some of them. Raises: ImproperlyConfigured."""
-    known = _keywords(connection_class)
-    # Both halves make connections.
-    both = known & _keywords(getattr(redis.asyncio.connection, connection_class.__name__))
-    with_tls = "ssl_cert_reqs" in known
-    wrong = []
-    for name in options:
-        if name in OF_A_CLUSTER:
-            wrong.append(f"{place}[{name!r}]: {OF_A_CLUSTER[name]}")
-        elif name in REFUSED:
-            wrong.append(f"{place}[{name!r}]: {name} cannot be set: {REFUSED[name]}")
-        elif name in ("db", "port") and not _is_number(options[name]):
-            wrong.append(f"{place}[{name!r}]: expected a number, got {options[name]!r}")
-        elif name in both:
-            continue
-        elif name in known:
-            wrong.append(f"{place}[{name!r}]: redis-py has {name} for threads only, and event loops connect too")
-        elif str(name).startswith("ssl_") and not with_tls:
-            wrong.append(f"{place}[{name!r}]: {name} is about TLS: write rediss:// in LOCATION")
-        else:
-            near = get_close_matches(str(name), both, n=1)
-            wrong.append(
-                f"{place}[{name!r}]: redis-py's connection has no {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    more, of_tls = tls.checked(options, place) if with_tls else ({}, [])
-    if wrong or of_tls:
-        raise ImproperlyConfigured("\n".join([*wrong, *of_tls]))
-    return more
-
-
-def _is_number(value: Any) -> bool:
-    """Digits will do, as a variable of the environment has them."""
-    return not isinstance(value, bool) and str(value).isdecimal()
 
 
 class DeadlineSocket:
