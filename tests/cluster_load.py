@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from time import sleep
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keys import make_key
@@ -28,7 +28,27 @@ def pause() -> float:
     return random.uniform(0, 0.005)
 
 
-class Load:
+class Crew:
+    """Threads that work between `with` and its end, which they see by `_ended`."""
+
+    _threads: Sequence[threading.Thread]
+    _ended = False
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended = True
+        for thread in self._threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+
+class Load(Crew):
     """Between `with` and its end. `errors`: the calls that failed, which is no end of it."""
 
     def __init__(
@@ -42,26 +62,12 @@ class Load:
         self._take, self._give, self._atake, self._agive, self._ttl = take, give, atake, agive, ttl
         self._lock = threading.Lock()
         self._inside: Counter[str] = Counter()
-        self._ended = False
         self._threads = [threading.Thread(target=self._in_thread, args=(number,)) for number in range(THREADS)]
         self._threads.append(threading.Thread(target=lambda: asyncio.run(self._on_loop())))
         #: Answers so far, of threads and of the loop; of those the refusals.
         self.answers = Counter[str]()
         self.full = self.most = 0
         self.errors: list[BackendError] = []
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended = True
-        for thread in self._threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads)
 
     def goes_on(self, answers: int = 60) -> bool:
         """So many more answers have come to the threads and to the loop, each."""

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic, sleep
-from types import TracebackType
 
 import pytest
 
 from django_concurrency_mw import ConcurrencyLimitExceeded, hold
 
 from .chaos import LONG
-from .cluster_load import CAP, pause
+from .cluster_load import CAP, Crew, pause
 from .redis_cluster import RedisCluster
 from .support import Limits, everything, wait_until
 
@@ -34,29 +33,15 @@ class Answer:
     took: float
 
 
-class Site:
+class Site(Crew):
     """Threads and a loop that hold a slot for a moment, again and again."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.inside = self.most = 0
         self._lock = threading.Lock()
-        self._ended = False
         self._threads = [threading.Thread(target=self._in_thread) for _ in range(THREADS)]
         self._threads.append(threading.Thread(target=lambda: asyncio.run(self._on_loop())))
-
-    def __enter__(self) -> Site:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended = True
-        for thread in self._threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads)
 
     def works(self, answers: int = 40) -> bool:
         """From now on the store counts for both halves."""

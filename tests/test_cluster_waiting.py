@@ -6,7 +6,7 @@ What the lines of every store promise is in test_waiting, which runs on a Cluste
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,10 +23,11 @@ from .cluster_load import CAP, Load
 from .redis_cluster import Node, RedisCluster
 from .support import wait_until
 from .test_redis_waiting import ask_from_the_grave, without_wait
-from .test_waiting import Client, settled
+from .test_waiting import Client, Make, client, settled
+
+__all__ = ["client"]
 
 HALVES = ["threads", "loop"]
-Make = Callable[..., Client]
 
 
 @pytest.fixture
@@ -35,23 +36,6 @@ def store(redis_cluster: RedisCluster, prefix: str) -> Iterator[RedisBackend]:
     store = RedisBackend(BackendConfig("default", "redis", redis_cluster.urls, prefix, options))
     yield store
     settled(store)
-
-
-@pytest.fixture
-def client(store: RedisBackend) -> Iterator[Make]:
-    made: list[Client] = []
-
-    def make(*policies: str, **options: Any) -> Client:
-        made.append(Client(store, *policies, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.give()
-        one.bell.close()
-    settled(store)
-    assert store.snapshot() == []
-    assert store.waiters() == []
 
 
 def asks(half: str, one: Client) -> Any:

@@ -89,9 +89,8 @@ class Detour:
             line.conn.until(deadline)
             line.send(b"".join([ASKING + each for each in packed]))
             replies = [line.read()]
-            if isinstance(
-                replies[0], Exception
-            ):  # one that may not say ASKING is told so, and then that the slot is elsewhere
+            if isinstance(replies[0], Exception):
+                # One that may not say ASKING is told so, and then that the slot is elsewhere.
                 self._close()
                 return replies * len(packed)
             replies += [line.read() for _ in range(2 * len(packed) - 1)]
