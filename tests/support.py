@@ -17,6 +17,10 @@ from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
 
 from django_concurrency_mw import health
+from django_concurrency_mw.backends.base import BaseBackend
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Slot, Taken
+from django_concurrency_mw.tokens import new_token
 
 from .views import Deliberate, held, switch
 
@@ -202,3 +206,18 @@ def works_again(store: Any, seconds: float = SOON) -> bool:
     if (probe := health._probes.get(store)) is not None:
         probe.join(seconds)
     return True
+
+
+def works(store: BaseBackend, half: str = "both") -> None:
+    """A slot can be taken and given back there, in threads, on a loop, or in both halves."""
+    one = Slot("p", make_key("k"), 100, 60.0, new_token())
+    if half != "loop":
+        assert isinstance(store.take([one]), Taken)
+        store.give([one])
+
+    async def main() -> None:
+        assert isinstance(await store.atake([one]), Taken)
+        await store.agive([one])
+
+    if half != "threads":
+        asyncio.run(main())

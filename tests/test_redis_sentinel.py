@@ -37,7 +37,7 @@ from .proxy import Proxy
 from .redis_server import RedisServer
 from .redis_trio import MASTER_NAME, SentinelServer, Trio, trio
 from .servers import free_port
-from .support import Limits, await_until, exit_code, wait_until, works_again
+from .support import Limits, await_until, exit_code, wait_until, works, works_again
 from .test_waiting import Client
 
 
@@ -106,20 +106,6 @@ def slot(policy: str = "p", limit: int = 100, ttl: float = 60.0) -> Slot:
 def where(store: RedisBackend) -> Sentinels:
     assert isinstance(store._recipe.where, Sentinels)
     return store._recipe.where
-
-
-def works(store: RedisBackend, half: str = "both") -> None:
-    one = slot()
-    if half != "loop":
-        assert isinstance(store.take([one]), Taken)
-        store.give([one])
-
-    async def main() -> None:
-        assert isinstance(await store.atake([one]), Taken)
-        await store.agive([one])
-
-    if half != "threads":
-        asyncio.run(main())
 
 
 def next_look(store: RedisBackend) -> float:

@@ -5,7 +5,6 @@ The tests end TLS before a plain server, so that they need none that was built w
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime
 import socket
@@ -27,12 +26,10 @@ from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import Keys
 from django_concurrency_mw.exceptions import PermanentBackendError
 from django_concurrency_mw.keeper import keeper
-from django_concurrency_mw.keys import make_key
-from django_concurrency_mw.outcomes import Slot, Taken
-from django_concurrency_mw.tokens import new_token
 
 from .proxy import Proxy
 from .redis_server import RedisServer
+from .support import works
 
 LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
@@ -115,24 +112,6 @@ def make(prefix: str) -> Iterator[Callable[..., RedisBackend]]:
 
 
 Make = Callable[..., RedisBackend]
-
-
-def slot() -> Slot:
-    return Slot("p", make_key("k"), 100, 60.0, new_token())
-
-
-def works(store: RedisBackend, half: str = "both") -> None:
-    one = slot()
-    if half != "loop":
-        assert isinstance(store.take([one]), Taken)
-        store.give([one])
-
-    async def main() -> None:
-        assert isinstance(await store.atake([one]), Taken)
-        await store.agive([one])
-
-    if half != "threads":
-        asyncio.run(main())
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
