@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LONG := $(addprefix tests/test_,$(addsuffix .py,servers servers_redis command_servers reload_servers redis redis_sentinel cluster cluster_failover cluster_waiting memory host decorators lifetime keys shadow renewals queueing waiting_requests waiting_servers docs hold resilience greenlets soak))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-redis test chaos soak test-all check docs schema clean
+.PHONY: help demo demo-redis test chaos soak bench bench-quick test-all check docs schema clean
 
 help:
 	@echo "make demo        start the example site under real servers, send bursts, see the caps hold"
@@ -16,6 +16,8 @@ help:
 	@echo "make test        run the test suite"
 	@echo "make chaos       all of the chaos suite, of which make test runs a part (ten minutes)"
 	@echo "make soak        a day in production: servers and Redis that fail over for ten minutes, and a report"
+	@echo "make bench       what the limits cost, beside two raw round trips, another limiter, and bare servers under load"
+	@echo "make bench-quick the ratios of it that a change could spoil (a minute)"
 	@echo "make test-all    run it on every supported Python and Django, every redis-py and other servers (45 minutes)"
 	@echo "make check       ruff, mypy, import-linter, and the docs"
 	@echo "make docs        build the docs into docs/_build/html; a wrong reference is an error"
@@ -39,6 +41,13 @@ chaos: $(VENV)/.dev-stamp
 # One store, or shorter: make soak SOAK="--only cluster --seconds 120"
 soak: $(VENV)/.dev-stamp
 	@$(BIN)/python -m tests.soak $(SOAK)
+
+# The figures and the plot are those of the docs. Part of it: make bench BENCH="--only redis-sync" (see --help and --list)
+bench: $(VENV)/.bench-stamp
+	@$(BIN)/python -m benchmarks --json docs/performance.json --svg docs/performance.svg $(BENCH)
+
+bench-quick: $(VENV)/.bench-stamp
+	@$(BIN)/python -m benchmarks --quick $(BENCH)
 
 # One session of it: make test-all NOX="-s redis"
 test-all: $(VENV)/.dev-stamp
@@ -68,6 +77,11 @@ $(VENV)/.dev-stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing what the tests and checks need into $(VENV)"
 	@$(PIP) install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.demo-stamp
+
+$(VENV)/.bench-stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing what the benchmarks compare with into $(VENV)"
+	@$(PIP) install --quiet --editable ".[bench]"
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

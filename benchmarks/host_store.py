@@ -1,6 +1,6 @@
 """What one slot costs on the host store, beside SQLite (WAL) doing the same on one machine, and Redis's two round trips.
 
-    python benchmarks/host_store.py [--rounds 60] [--calls 250]
+    python benchmarks/host_store.py [--rounds 20] [--slice 0.01]
 
 Runs all of them in turn, in many short rounds, in one process on one core. Prints the microseconds of the best round, in which
 the machine did little else, how often a take and give on the host store goes into that, and the other way round. Making the
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, time
+from time import time
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
@@ -27,6 +27,7 @@ import django
 
 django.setup()
 
+from benchmarks.room import Cell, Effort, Room
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.host.opening import SHARED_MEMORY
 from django_concurrency_mw.backends.host.store import HostBackend
@@ -111,8 +112,8 @@ def on_redis(port: int) -> Work:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=250)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--slice", type=float, default=0.01, help="seconds that each is timed at once")
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     server = None
@@ -137,20 +138,16 @@ def main() -> None:
             rows["Redis: EVALSHA, ZREM"] = on_redis(server.port)
         else:
             print("no redis-server on PATH, so Redis is left out")
+        room = Room(Effort(options.rounds, 3, options.slice))
         try:
-            seconds: dict[str, list[float]] = {row: [] for row in rows}
-            for _ in range(options.rounds):
-                for row, work in rows.items():
-                    work(options.calls // 4)  # warms up what the row before has pushed out of the caches
-                    start = perf_counter()
-                    work(options.calls)
-                    seconds[row].append((perf_counter() - start) / options.calls)
+            seconds = room.compare({row: Cell(work) for row, work in rows.items()})
         finally:
+            room.close()
             if server is not None:
                 server.stop()
         store.close()
     first = min(seconds["host: take + give"])
-    print(f"Python {sys.version.split()[0]}, one core, {options.rounds} rounds of {options.calls} calls")
+    print(f"Python {sys.version.split()[0]}, one core, {options.rounds} rounds")
     for row, times in seconds.items():
         print(f"{row:30}{min(times) * 1e6:9.1f} us{min(times) / first:8.2f}{first / min(times):8.3f}")
 
