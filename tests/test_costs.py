@@ -230,14 +230,14 @@ def test_an_exception_half_way_leaves_a_right_total(leaves: bool) -> None:
                 raise KeyboardInterrupt
 
     semaphore = Struck()
-    semaphore.add("a", Held(0, 1, "k", "", 3, 60))
+    semaphore.add("a", Held(slot(3), 0, 1))
     semaphore.armed = True
     with pytest.raises(KeyboardInterrupt):
-        semaphore.remove("a") if leaves else semaphore.add("b", Held(0, 1, "k", "", 4, 60))
+        semaphore.remove("a") if leaves else semaphore.add("b", Held(slot(4), 0, 1))
     semaphore.armed = False
     expected = 0 if leaves else 7
     assert semaphore.total() == expected
-    semaphore.add("c", Held(0, 1, "k", "", 10, 60))
+    semaphore.add("c", Held(slot(10), 0, 1))
     assert semaphore.total() == expected + 10
 
 

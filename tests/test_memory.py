@@ -55,6 +55,20 @@ def test_a_semaphore_admits_up_to_its_limit_and_counts(store: MemoryBackend) -> 
     assert store.take([slot(limit=2, token="c")]) == Taken((True,), (2,))
 
 
+def test_a_cost_counts_from_the_first_holder_to_the_last(store: MemoryBackend) -> None:
+    def dear(token: str, cost: int = 3, block: bool = True) -> Slot:
+        return Slot("p", make_key("k"), 5, 60, token, block, cost=cost)
+
+    assert store.take([dear("a", 6)]) == Full((True,), (0,))
+    assert store.take([dear("a", 6, block=False)]) == Taken((False,), (0,))
+    assert store.take([dear("a")]) == Taken((True,), (3,))
+    assert store.take([dear("b")]) == Full((True,), (3,))
+    assert store.take([dear("b", 2)]) == Taken((True,), (5,))
+    assert store.take([dear("b", 2)]) == Taken((True,), (5,)), "asking twice is asking once"
+    assert list(store.give([dear("a")])) == [True]
+    assert store.take([dear("c")]) == Taken((True,), (5,))
+
+
 def test_a_limit_of_0_admits_nobody(store: MemoryBackend) -> None:
     assert store.take([slot(limit=0)]) == Full((True,), (0,))
     assert store.snapshot() == []
@@ -271,6 +285,7 @@ def test_a_garbage_collection_inside_a_call_may_give_back(
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             assert list(store.give([slot(token="old")])) == [True]
+            store.snapshot()  # as a receiver of `slot_released` may
 
     monkeypatch.setattr(memory, "Held", Collected)
     thread = threading.Thread(target=store.take, args=([slot(limit=2, token="new")],), daemon=True)

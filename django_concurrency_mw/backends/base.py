@@ -139,6 +139,8 @@ class BaseBackend(ABC):
     #: It counts in this process only, so that no other process can claim what is held in it.
     one_process: ClassVar[bool] = False
 
+    #: Its calls wait for nobody, so that an event loop may make them itself.
+    never_waits: bool = False
     #: Seconds that one call may take before it fails; 0 where it waits for nobody.
     timeout: float = 0.0
     #: Of a store on a Redis: which server, and which of its databases.

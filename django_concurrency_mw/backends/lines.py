@@ -28,12 +28,13 @@ class Lines:
     """All lines that somebody stands in."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, Waiting] = {}
+        #: Who stands anywhere, by token.
+        self.waiting: dict[str, Waiting] = {}
         #: Each in its order.
         self._lines: dict[Name, dict[str, Waiting]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return bool(self.waiting)
 
     def first(self, name: Name) -> Waiting | None:
         """Who is next."""
@@ -52,15 +53,15 @@ class Lines:
 
     def ahead(self, token: str) -> int:
         """How many have joined before this one since the first that still stands there, in the longest of its lines."""
-        numbers = self._waiting[token].numbers
+        numbers = self.waiting[token].numbers
         return max(number - next(iter(self._lines[name].values())).numbers[name] for name, number in numbers.items())
 
     def stand(self, slots: Sequence[Slot], names: Collection[Name], bell: Bell, now: float) -> list[Name]:
         """It stands in these lines, at its place or at the end, and in no other. Returns those that it left."""
         token = slots[0].token
-        waiting = self._waiting.get(token)
+        waiting = self.waiting.get(token)
         if waiting is None:
-            waiting = self._waiting[token] = Waiting(slots, bell, now)
+            waiting = self.waiting[token] = Waiting(slots, bell, now)
         waiting.bell, waiting.until = bell, now + PLACE_FOR
         for name in names:
             if name not in waiting.numbers:
@@ -74,7 +75,7 @@ class Lines:
 
     def leave(self, token: str) -> list[Name]:
         """It does not wait any more. Returns which lines it stood in."""
-        waiting = self._waiting.pop(token, None)
+        waiting = self.waiting.pop(token, None)
         if waiting is None:
             return []
         left = list(waiting.numbers)
@@ -84,11 +85,11 @@ class Lines:
 
     def leave_one(self, token: str, name: Name) -> None:
         """It does not wait there any more; it forgets nothing else, and may stand in no line at all now."""
-        waiting = self._waiting[token]
+        waiting = self.waiting[token]
         del waiting.numbers[name]
         self._step_out(name, token)
         if not waiting.numbers:
-            del self._waiting[token]
+            del self.waiting[token]
 
     def places(self, now: float) -> Iterator[tuple[Name, int, Waiting]]:
         """Everybody's, from 1 on."""

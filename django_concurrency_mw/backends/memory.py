@@ -38,18 +38,20 @@ class _Entrance:
     the thread that holds the lock, which must then neither wait for itself nor change what it is just working on.
     """
 
+    __slots__ = ("depth", "lock")
+
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
+        self.lock = threading.RLock()
+        self.depth = 0
 
     def __enter__(self) -> bool:
-        self._lock.acquire()
-        self._depth += 1
-        return self._depth == 1
+        self.lock.acquire()
+        self.depth += 1
+        return self.depth == 1
 
     def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        self._lock.release()
+        self.depth -= 1
+        self.lock.release()
 
 
 class MemoryBackend(BaseBackend):
@@ -68,6 +70,7 @@ class MemoryBackend(BaseBackend):
                 f"{config.place}['OPTIONS']: the memory store has no options, "
                 f"got {', '.join(sorted(map(repr, config.options)))}"
             )
+        self.never_waits = type(self) is MemoryBackend  # a subclass may do anything
         self._forget()
         _stores.add(self)
 
@@ -85,20 +88,55 @@ class MemoryBackend(BaseBackend):
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         now = monotonic()
-        with self._lock as alone:
-            if not alone:
-                raise BackendError("a take inside another one, from a garbage collection", whole=False)
-            self._drop_late()
-            held = self._fit(slots, now)
-            full = [slot.block and not fits for slot, fits in zip(slots, held, strict=True)]
-            if True in full:
-                return Full(tuple(full), tuple(self._count(slot.semaphore) for slot in slots))
-            for slot, fits in zip(slots, held, strict=True):
-                if fits:
-                    self._hold(slot, now, now + slot.ttl)
-            in_flight = tuple(self._count(slot.semaphore) for slot in slots)
-            self._drop_late()
-        return Taken(tuple(held), in_flight)
+        entrance = self._lock
+        with entrance.lock:  # by hand: this and `give` are half of what a request costs
+            entrance.depth += 1
+            try:
+                if entrance.depth == 1:
+                    if self._late:
+                        self._drop_late()
+                    alone = len(slots) == 1 and not self._lines.waiting
+                    reply = self._take_one(slots[0], now) if alone else self._take_all(slots, now)
+                    if self._late:
+                        self._drop_late()
+                    return reply
+            finally:
+                entrance.depth -= 1
+        raise BackendError("a take inside another one, from a garbage collection", whole=False)
+
+    def _take_one(self, slot: Slot, now: float) -> TakeReply:
+        """Nobody waits for anything."""
+        name, cost = (slot.policy, slot.key.digest), slot.cost
+        semaphore = self._semaphores.get(name)
+        if semaphore is None:
+            if cost > slot.limit:
+                return _answer(slot, False, 0)
+            semaphore = self._semaphores[name] = Semaphore()
+            if len(self._semaphores) > self._most:
+                self._most = len(self._semaphores)
+            count = cost
+        else:
+            count = semaphore.total() + cost
+            if count > slot.limit or slot.token in semaphore:
+                return self._take_all((slot,), now)
+        ends = now + slot.ttl
+        if cost == 1:
+            semaphore[slot.token] = Held(slot, now, ends)
+        else:
+            semaphore.add(slot.token, Held(slot, now, ends))
+        if ends < semaphore.earliest:
+            semaphore.earliest = ends
+        return _ALONE[count] if count < len(_ALONE) else Taken((True,), (count,))
+
+    def _take_all(self, slots: Sequence[Slot], now: float) -> TakeReply:
+        held = self._fit(slots, now)
+        full = [slot.block and not fits for slot, fits in zip(slots, held, strict=True)]
+        if True in full:
+            return Full(tuple(full), self._counted(slots))
+        for slot, fits in zip(slots, held, strict=True):
+            if fits:
+                self._hold(slot, now, now + slot.ttl)
+        return Taken(tuple(held), self._counted(slots))
 
     async def atake(self, slots: Sequence[Slot]) -> TakeReply:
         return self.take(slots)
@@ -117,13 +155,22 @@ class MemoryBackend(BaseBackend):
         return self.queue(slots, most, bell)
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
-        with self._lock as alone:
-            if not alone:
-                self._late.extend(slots)
-                return [True] * len(slots)
-            given = self._drop([(slot.semaphore, slot.token) for slot in slots])
-            self._drop_late()
-        return given
+        entrance = self._lock
+        with entrance.lock:
+            entrance.depth += 1
+            try:
+                if entrance.depth > 1:
+                    self._late.extend(slots)
+                    return [True] * len(slots)
+                if self._lines.waiting:
+                    given = self._drop([(slot.semaphore, slot.token) for slot in slots])
+                else:
+                    given = [self._free((slot.policy, slot.key.digest), slot.token) for slot in slots]
+                if self._late:
+                    self._drop_late()
+                return given
+            finally:
+                entrance.depth -= 1
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         return self.give(slots)
@@ -192,15 +239,15 @@ class MemoryBackend(BaseBackend):
             return [
                 Holder(
                     policy,
-                    held.key,
+                    held.slot.key.text[:TEXT_LIMIT],
                     token,
                     now - held.since,
                     held.ends - now,
-                    held.path,
+                    held.slot.path[:TEXT_LIMIT],
                     pid,
                     held.cost,
                     host,
-                    held.ttl,
+                    held.slot.ttl,
                 )
                 for (policy, _), semaphore in self._semaphores.items()
                 for token, held in semaphore.items()
@@ -231,7 +278,9 @@ class MemoryBackend(BaseBackend):
     # Callers hold the lock from here on.
 
     def _drop_late(self) -> None:
-        while self._late:
+        while (
+            self._late and self._lock.depth == 1
+        ):  # who asks inside another call, such as a receiver, leaves them to that
             late = list(self._late)
             self._drop([(slot.semaphore, slot.token) for slot in late])
             for _ in late:  # only now: an exception may come from anywhere, and to drop twice is to drop once
@@ -337,9 +386,7 @@ class MemoryBackend(BaseBackend):
             self._most = max(self._most, len(self._semaphores))
         held = semaphore.get(slot.token)
         if held is None:
-            semaphore.add(
-                slot.token, Held(since, ends, slot.key.text[:TEXT_LIMIT], slot.path[:TEXT_LIMIT], slot.cost, slot.ttl)
-            )
+            semaphore.add(slot.token, Held(slot, since, ends))
         else:  # asked again: its lease begins again, also a lapsed one
             held.ends = ends
         semaphore.earliest = min(semaphore.earliest, ends)
@@ -390,6 +437,16 @@ class MemoryBackend(BaseBackend):
             return False
         self._hold(holder.slot, now, now + holder.seconds)
         return True
+
+
+#: What a take of one slot is told, by the count.
+_ALONE = tuple(Taken((True,), (count,)) for count in range(256))
+
+
+def _answer(slot: Slot, fits: bool, count: int) -> TakeReply:
+    if not fits and slot.block:
+        return Full((True,), (count,))
+    return Taken((fits,), (count,))
 
 
 _stores: weakref.WeakSet[MemoryBackend] = weakref.WeakSet()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from ..outcomes import Slot
+
 
 class Held:
-    """One holder of one semaphore: its cost, its lease's end (monotonic seconds) and what people want to know of it."""
+    """One holder of one semaphore: its cost, since when and until when (monotonic seconds), and what it asked for."""
 
-    __slots__ = ("cost", "ends", "key", "path", "since", "ttl")
+    __slots__ = ("cost", "ends", "since", "slot")
 
-    def __init__(self, since: float, ends: float, key: str, path: str, cost: int, ttl: float) -> None:
-        self.since, self.ends, self.key, self.path, self.cost, self.ttl = since, ends, key, path, cost, ttl
+    def __init__(self, slot: Slot, since: float, ends: float) -> None:
+        self.slot, self.since, self.ends, self.cost = slot, since, ends, slot.cost
 
 
 class Semaphore(dict[str, Held]):
