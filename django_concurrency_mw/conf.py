@@ -25,6 +25,7 @@ from .exceptions import ConfigurationError, Problem, shown
 from .keys import callable_of
 from .keyspec import is_dotted_path
 from .loader import load_policies
+from .plans import Plan
 from .policies import Policy, PolicyTable
 from .reload import Loaded, Watch, load
 
@@ -34,6 +35,8 @@ Headers = Literal["rejected", "always", "never"]
 T = TypeVar("T")
 #: Seconds that RELOAD_INTERVAL may be.
 SHORTEST, LONGEST = 0.05, 86_400
+#: No site has as many.
+MOST_PLANS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,23 @@ class Config:
     loaded: Loaded | None = None
     #: What the prefixes end with, in a worker of a parallel test run.
     suffix: str = ""
+    #: Policies that are asked together -> what is known of them beforehand; filled at first use.
+    plans: dict[tuple[Policy, ...], Plan] = field(default_factory=dict)
+
+    def plan(self, policies: tuple[Policy, ...]) -> Plan:
+        """What is known of these policies."""
+        found = self.plans.get(policies)
+        if found is None:
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.clear()
+            found = self.plans[policies] = Plan(policies, self.trusted, self.client_header)
+        return found
 
 
 _NONE: Mapping[str, Any] = {}
+#: Where Django keeps what was read of the settings; whatever changes them empties it. To ask `settings` itself takes longer
+#: than all that a view without a policy costs.
+_read: dict[str, Any] = object.__getattribute__(settings, "__dict__")
 #: The setting and what it says, in a process that uses it; the watch over its file, if there is one.
 _current: tuple[object, Config] | None = None
 _watch: Watch | None = None
@@ -71,8 +88,10 @@ _changing = threading.RLock()
 
 def current() -> Config:
     """The configuration in force. Raises: ConfigurationError with everything that is wrong with it."""
-    raw = _raw()
     known = _current
+    if known is not None and known[0] is _read.get(SETTING):
+        return known[1]
+    raw = _raw()
     if known is not None and known[0] is raw:
         return known[1]
     return _begin(raw)
@@ -154,7 +173,7 @@ class _Owner:
         """The new table is in force; the stores, and what they count, stay."""
         global _current
         assert _current is not None
-        _current = (self._raw, replace(_current[1], table=table, loaded=loaded))
+        _current = (self._raw, replace(_current[1], table=table, loaded=loaded, plans={}))
 
 
 def dotted_paths(policy: Policy) -> dict[str, str]:

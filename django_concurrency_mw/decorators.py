@@ -21,15 +21,14 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from . import conf, reload
-from .drivers import arun, run
-from .effects import Steps
+from .admission import aadmit, admit
 from .exceptions import DecoratorUsageError, Problem, did_you_mean, shown
 from .fields import UNSET, override
 from .keeper import keeper
 from .keyspec import parse_key
 from .lease import Lease
 from .lifetime import afinish, finish, release_cancelled
-from .limiter import MARK, admit, conclude, join, leave
+from .limiter import MARK, conclude, join, leave
 from .naming import MARK_EACH, NOT_A_NAME, further_in, instance_of, marks, numbered, path_of
 from .outcomes import NOT_LIMITED
 from .policies import Policy, PolicyTable
@@ -212,7 +211,7 @@ class _Guard:
         config, policy = turn
         lease, shares = join(request)
         try:
-            response = run(admit(request, lease, (policy,), _url_kwargs(request, kwargs), config))
+            response = admit(request, lease, (policy,), _url_kwargs(request, kwargs), config)
             if response is None:
                 response = self._view(*args, **kwargs)
             if isawaitable(response):
@@ -235,13 +234,13 @@ class _Guard:
             return await _awaited(self._view(*args, **kwargs))
         config, policy = turn
         lease, shares = join(request)
-        answer = self._answer(admit(request, lease, (policy,), _url_kwargs(request, kwargs), config), args, kwargs)
+        answer = self._answer(aadmit(request, lease, (policy,), _url_kwargs(request, kwargs), config), args, kwargs)
         return await (_to_its_end(request, lease, answer) if shares else answer)
 
     async def _answer(
-        self, admission: Steps[HttpResponseBase | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, admission: Awaitable[HttpResponseBase | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        response = await arun(admission)
+        response = await admission
         return await _awaited(self._view(*args, **kwargs)) if response is None else response
 
     def _is_awaited(self, instance: object | None) -> bool:

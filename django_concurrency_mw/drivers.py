@@ -84,8 +84,16 @@ def _known(store: Any) -> StoreFailed | None:
 # -- threads --------------------------------------------------------------------------------------------------------
 
 
-def _take(effect: Take) -> TakeReply | StoreFailed:
-    return _asked(effect.store, effect.store.take, effect.slots)
+def take(effect: Take) -> TakeReply | StoreFailed:
+    """Without steps, too."""
+    store = effect.store
+    failure = store.failure
+    if failure is not None:  # it is known to fail, so it is not asked
+        return StoreFailed(failure, sent=False)
+    try:
+        return store.take(effect.slots)  # type: ignore[no-any-return]  # of any store
+    except Exception as error:
+        return StoreFailed(error)
 
 
 def _queue(effect: Queue) -> QueueReply | StoreFailed:
@@ -153,7 +161,8 @@ def _wait(effect: Wait) -> None:
     effect.bell.wait(effect.seconds)
 
 
-def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
+def give(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    """Without steps, too."""
     try:
         return tuple(effect.store.give(effect.slots))
     except Exception as error:
@@ -185,8 +194,18 @@ def _notify(effect: Notify) -> None:
 # -- event loops ----------------------------------------------------------------------------------------------------
 
 
-async def _atake(effect: Take) -> TakeReply | StoreFailed:
-    return await _aasked(effect.store, effect.store.atake, effect.slots)
+async def atake(effect: Take) -> TakeReply | StoreFailed:
+    """Without steps, too."""
+    store, slots = effect.store, effect.slots
+    failure = store.failure
+    if failure is not None:
+        return StoreFailed(failure, sent=False)
+    try:
+        if store.cancel_safe:
+            return await store.atake(slots)  # type: ignore[no-any-return]  # of any store
+        return await _whole(store, slots, store.atake(slots))
+    except Exception as error:
+        return StoreFailed(error)
 
 
 async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
@@ -227,7 +246,8 @@ async def _whole(store: Any, slots: Sequence[Slot], call: Coroutine[Any, Any, T]
         raise
 
 
-async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
+async def agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    """Without steps, too."""
     store, slots = effect.store, effect.slots
     try:
         if store.cancel_safe:
@@ -310,22 +330,22 @@ async def _swallowed(awaitable: Awaitable[Any]) -> None:
 
 
 _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
-    Take: _take,
+    Take: take,
     Enter: _enter,
     Queue: _queue,
     Wait: _wait,
-    Give: _give,
+    Give: give,
     Claim: _claim,
     LoadUser: _load_user,
     Ask: _ask,
     Notify: _notify,
 }
 _ASYNC: dict[type[Effect[Any]], Callable[[Any], Coroutine[Any, Any, Any]]] = {
-    Take: _atake,
+    Take: atake,
     Enter: _aenter,
     Queue: _aqueue,
     Wait: _await,
-    Give: _agive,
+    Give: agive,
     Claim: _aclaim,
     LoadUser: _aload_user,
     Ask: _aask,

@@ -17,47 +17,33 @@ NEVER = float("inf")
 class Held:
     """One slot in a lease. Times are monotonic seconds, read before the store was asked, so never later than its own."""
 
-    __slots__ = (
-        "acquisition",
-        "announced",
-        "confirmed",
-        "due",
-        "ends",
-        "handed",
-        "local",
-        "lost",
-        "maybe",
-        "policy",
-        "registered",
-        "restoring",
-        "since",
-        "slot",
-        "store",
-    )
+    #: The store said that it is held. Until then nobody counts it.
+    confirmed = False
+    #: Counted by this process alone, as its store failed.
+    local = False
+    #: The store may count it all the same: it did not say.
+    maybe = False
+    #: When the store was heard to count it; until then it does not.
+    registered = NEVER
+    #: The store says that it is gone: lapsed, or taken away.
+    lost = False
+    #: It is somebody else's now, so it is not given back.
+    handed = False
+    #: The store is just asked to count it again.
+    restoring = False
+    #: `slot_acquired` was sent, so `slot_released` will be.
+    announced = False
+    #: When it wants to be renewed, or registered.
+    due = NEVER
 
     def __init__(self, store: Any, policy: Policy, slot: Slot) -> None:
         self.store, self.policy, self.slot = store, policy, slot
         #: The token of the take that asked for it; a stand-in has one of its own, as that take is undone.
         self.acquisition = slot.token
-        #: The store said that it is held. Until then nobody counts it.
-        self.confirmed = False
-        #: Counted by this process alone, as its store failed.
-        self.local = False
-        #: The store may count it all the same: it did not say.
-        self.maybe = False
-        #: When the store was heard to count it; until then it does not.
-        self.registered = NEVER
-        #: The store says that it is gone: lapsed, or taken away.
-        self.lost = False
-        #: It is somebody else's now, so it is not given back.
-        self.handed = False
-        #: The store is just asked to count it again.
-        self.restoring = False
-        #: `slot_acquired` was sent, so `slot_released` will be.
-        self.announced = False
-        self.since = monotonic()
-        #: `ends`, and `due`: when it wants to be renewed, or registered.
-        self.extended(self.since, slot.ttl)
+        self.since = now = monotonic()
+        self.ends = now + slot.ttl
+        if policy.renew:
+            self.due = now + slot.ttl * RENEW_AFTER
 
     @property
     def in_store(self) -> bool:

@@ -98,7 +98,8 @@ class Keeper:
     def watch(self, lease: Kept, due: float) -> None:
         """Keep this lease from now on, and look after its renewal at `due` (monotonic seconds)."""
         self._live[id(lease)] = lease
-        self.look_at(due)
+        if due < self._wakes_at:
+            self._wake_at(due)
 
     def look_at(self, due: float) -> None:
         """Look after renewals at `due`, if not before (monotonic seconds)."""

@@ -21,12 +21,12 @@ from django.core.exceptions import ImproperlyConfigured
 from . import afresh, health, notices, renewals, signals
 from .backends.base import BaseBackend, age_of
 from .bells import Bell
-from .drivers import arun, run
+from .drivers import agive, arun, give, run
 from .effects import Give, Notify, Steps
 from .handover import pack
-from .held import RENEW_AFTER, Held, by_store
+from .held import NEVER, RENEW_AFTER, Held, by_store
 from .keeper import keeper
-from .outcomes import LimitField, PolicyResult, Slot, StoreFailed
+from .outcomes import Asked, LimitField, PolicyResult, Slot, StoreFailed, remaining
 from .policies import Policy
 from .tokens import new_token
 
@@ -70,47 +70,100 @@ health.before_recovery(renewals.recount)
 class Lease:
     """What one request holds. Takes add to it, its owner releases it; a release in a forked child does nothing."""
 
-    __slots__ = (
-        "__weakref__",
-        "_asked",
-        "_bells",
-        "_epoch",
-        "_held",
-        "_request",
-        "fields",
-        "given_up",
-        "results",
-        "sharers",
-    )
+    #: Nobody need wait for it any more.
+    given_up = False
+    #: Decorators that share in owning it; 0 where a middleware does.
+    sharers = 0
+    #: Nothing has been asked for it yet.
+    is_new = True
+    _bells: tuple[Bell, ...] = ()
+    #: What a store is just being asked for, or waited for; empty where nothing is.
+    _asked: Sequence[Slot] = ()
+    #: Of what was taken at once: what was asked for, and the counts, until somebody wants to know.
+    _at_once: tuple[Sequence[Asked], Sequence[int]] | None = None
+    #: Since then all was given back: the semaphores may be asked again.
+    _given_back = False
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
         self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
-        self._bells: tuple[Bell, ...] = ()
-        #: What a store is just being asked for, or waited for; empty where nothing is.
-        self._asked: Sequence[Slot] = ()
-        #: Nobody need wait for it any more.
-        self.given_up = False
-        #: Decorators that share in owning it; 0 where a middleware does.
-        self.sharers = 0
-        #: Of each blocking policy that was asked and has a limit.
-        self.fields: tuple[LimitField, ...] = ()
-        #: What each semaphore has said to this request; the first word stands.
-        self.results: dict[tuple[str, bytes], PolicyResult] = {}
+        self._fields: tuple[LimitField, ...] = ()
+        self._results: dict[tuple[str, bytes], PolicyResult] | None = None
 
     def __bool__(self) -> bool:
         """Is there anything to give back?"""
         return bool(self._held)
 
+    @property
+    def results(self) -> dict[tuple[str, bytes], PolicyResult]:
+        """What each semaphore has said to this request; the first word stands."""
+        self._tell()
+        if self._results is None:
+            self._results = {}
+        return self._results
+
+    @results.setter
+    def results(self, results: dict[tuple[str, bytes], PolicyResult]) -> None:
+        self._tell()
+        self._results = results
+
+    @property
+    def fields(self) -> tuple[LimitField, ...]:
+        """Of each blocking policy that was asked and has a limit."""
+        self._tell()
+        return self._fields
+
+    @fields.setter
+    def fields(self, fields: tuple[LimitField, ...]) -> None:
+        self._tell()
+        self._fields = fields
+
+    def _tell(self) -> None:
+        if self._at_once is None:
+            return
+        asked, counts = self._at_once
+        if not self._given_back:
+            self._results = {
+                (entry.policy.name, entry.key.digest): PolicyResult(
+                    entry.policy.name, entry.key.text, "held", count, entry.limit
+                )
+                for entry, count in zip(asked, counts, strict=True)
+            }
+        self._fields = remaining(asked, counts)
+        self._at_once = None  # last: another thread may ask, too
+
     # -- for the steps (see steps.Ledger) ---------------------------------------------------------------------
 
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
-        """These slots may be held from now on."""
-        held = [Held(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
+        """These slots, one for each policy, may be held from now on."""
+        self.is_new = False
         self._asked = slots
-        self._held += held
-        keeper.watch(self, min(one.due for one in held))
+        due = NEVER
+        for policy, slot in zip(policies, slots):  # noqa: B905  # strict is slow
+            held = Held(store, policy, slot)
+            self._held.append(held)
+            if held.due < due:
+                due = held.due
+        keeper.watch(self, due)
+
+    def confirm_at_once(self, slots: Sequence[Slot], asked: Sequence[Asked], counts: Sequence[int]) -> bool:
+        """All of these are held, and there is nothing more to it. False: there is, and nothing was decided."""
+        known = list(self._held)
+        if len(known) != len(slots):
+            return False
+        for one, slot in zip(known, slots):  # noqa: B905  # just compared
+            if one.slot is not slot:
+                return False
+            one.confirmed = True
+        if self.uncounted(known[0].store, slots):
+            return False
+        for one in known:
+            one.announced = True
+        self._asked = ()
+        self._given_back = False
+        self._at_once = (asked, counts)
+        return True
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
         """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
@@ -273,13 +326,35 @@ class Lease:
 
     def release(self) -> None:
         """Give everything back from a thread (or an event loop, where the store's call is short). Never raises."""
-        if self._held:
-            run(self.steps_to_give())
+        if not self._held:
+            return
+        popped = self._pop(None)
+        try:
+            plain = self._in_plain(popped)
+            if plain is None:
+                run(self._steps(popped, all_of_it=True))
+                return
+            reply = give(plain)
+        except BaseException:  # nobody has these slots any more but us
+            self._give_later(popped)
+            raise
+        self._given_plainly(popped, reply)
 
     async def arelease(self) -> None:
         """Give everything back on an event loop. Never raises but for a cancel."""
-        if self._held:
-            await arun(self.steps_to_give())
+        if not self._held:
+            return
+        popped = self._pop(None)
+        try:
+            plain = self._in_plain(popped)
+            if plain is None:
+                await arun(self._steps(popped, all_of_it=True))
+                return
+            reply = give(plain) if plain.store.never_waits else await agive(plain)
+        except BaseException:
+            self._give_later(popped)
+            raise
+        self._given_plainly(popped, reply)
 
     def announce(self, token: str) -> None:
         """What this acquisition holds is told of, now and when it is given back."""
@@ -288,13 +363,38 @@ class Lease:
 
     def steps_to_give(self, token: str | None = None) -> Steps[None]:
         """Give everything back, or what one acquisition took, by its token."""
-        groups = by_store(self._pop(token))
-        if token is None:
-            self.results.clear()
+        yield from self._steps(self._pop(token), all_of_it=token is None)
+
+    def _in_plain(self, popped: Sequence[Held]) -> Give | None:
+        """The one effect that giving these back takes, as nearly always; None where it takes steps."""
+        store = popped[0].store if popped else None
+        if signals.slot_released.receivers or self._epoch is not keeper.epoch:
+            return None
+        slots = []
+        for held in popped:
+            if held.store is not store or held.local or not held.confirmed:
+                return None
+            slots.append(held.slot)
+        if store is None:
+            return None
+        self._forget(all_of_it=True)
+        return Give(store, tuple(slots))
+
+    def _give_later(self, popped: Sequence[Held]) -> None:
+        if self._epoch is keeper.epoch:  # they are not a parent's
+            _give_later(popped)
+
+    def _forget(self, *, all_of_it: bool) -> None:
+        if all_of_it:
+            self._results, self._given_back = None, True
             for bell in self._bells:  # who waits for what is given back waits for nothing
                 bell.ring()
         if not self._held:
             keeper.forget(self)
+
+    def _steps(self, popped: Sequence[Held], *, all_of_it: bool) -> Steps[None]:
+        groups = by_store(popped)
+        self._forget(all_of_it=all_of_it)
         if self._epoch is not keeper.epoch:
             return
         while groups:
@@ -303,15 +403,30 @@ class Lease:
             try:
                 reply: Sequence[bool] | StoreFailed = ()
                 if asked:
-                    reply = yield from Give(store, tuple(held.slot for held in asked))
-                yield from self._given(group, asked, reply)
+                    reply = yield Give(store, tuple([held.slot for held in asked]))
+                for one, was_held in self._given(group, asked, reply):
+                    yield self._news(one, was_held)
             except BaseException:  # cancelled half way: nobody has these slots any more but us
                 for _, rest in groups:
                     _give_later(rest)
                 raise
             del groups[0]
 
-    def _given(self, group: Sequence[Held], asked: Sequence[Held], reply: Sequence[bool] | StoreFailed) -> Steps[None]:
+    def _given_plainly(self, popped: Sequence[Held], reply: Sequence[bool] | StoreFailed) -> None:
+        if not isinstance(reply, StoreFailed) and False not in reply:
+            now = monotonic()
+            for held in popped:
+                if held.ends < now or held.lost:
+                    break
+            else:  # all were held to this moment
+                return
+        self._given(popped, popped, reply)
+
+    def _given(
+        self, group: Sequence[Held], asked: Sequence[Held], reply: Sequence[bool] | StoreFailed
+    ) -> list[tuple[Held, bool]]:
+        """These were given back. Those that `slot_released` is to be sent for, and whether they were held until now."""
+        news: list[tuple[Held, bool]] = []
         now = monotonic()
         if isinstance(reply, StoreFailed):
             logger.warning("a release failed, it will be tried again until its lease ends: %s", reply.error)
@@ -326,18 +441,22 @@ class Lease:
                 was_held = False
             if not was_held:
                 notices.lost(held.policy, now - held.since, max(0.0, now - held.ends))
-            if held.announced and signals.slot_released.has_listeners(Policy):
-                yield from Notify(
-                    signals.slot_released,
-                    {
-                        "sender": Policy,
-                        "request": self._request(),
-                        "policy": held.policy,
-                        "key": held.slot.key.text,
-                        "limit": held.slot.told_limit,
-                        "held": was_held,
-                    },
-                )
+            if held.announced and signals.slot_released.receivers and signals.slot_released.has_listeners(Policy):
+                news.append((held, was_held))
+        return news
+
+    def _news(self, held: Held, was_held: bool) -> Notify:
+        return Notify(
+            signals.slot_released,
+            {
+                "sender": Policy,
+                "request": self._request(),
+                "policy": held.policy,
+                "key": held.slot.key.text,
+                "limit": held.slot.told_limit,
+                "held": was_held,
+            },
+        )
 
     def _pop(self, token: str | None) -> list[Held]:
         taken: list[Held] = []

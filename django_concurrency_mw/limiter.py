@@ -32,7 +32,7 @@ from .outcomes import (
     Verdict,
 )
 from .policies import Policy
-from .steps import above_limit, acquire
+from .steps import Begun, above_limit, acquire
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -54,24 +54,23 @@ MARK = "_concurrency_limit_marked"
 def begin(request: HttpRequest) -> None:
     """The middleware owns whatever lease this request comes to have."""
     request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
-    setattr(request, LEASE, None)
+    request._concurrency_lease = None  # type: ignore[attr-defined]  # LEASE; setattr would take longer
 
 
 def join(request: HttpRequest) -> tuple[Lease, bool]:
     """The request's lease, and whether the caller shares in owning it: where no middleware does, the last one out of those
     who joined ends it (see `leave`). They may be nested, or beside each other on an event loop."""
-    own = vars(request)
-    lease: Lease | None = own.get(LEASE, _ABSENT)
+    lease: Lease | None = getattr(request, LEASE, _ABSENT)
     if lease is None:  # the middleware's, and the first to be needed
-        lease = own[LEASE] = Lease(request)
-        if not own.get(_ENDED) or own.pop(LEASE, None) is None:
+        lease = request._concurrency_lease = Lease(request)  # type: ignore[attr-defined]  # LEASE
+        if not getattr(request, _ENDED, False) or vars(request).pop(LEASE, None) is None:
             return lease, False
         # The middleware was cancelled at this very moment, and did not see the lease.
         lease.give_up()
         lease.sharers = 1
         return lease, True
     if lease is _ABSENT:
-        lease = own[LEASE] = Lease(request)
+        lease = request._concurrency_lease = Lease(request)  # type: ignore[attr-defined]
         lease.sharers = 1
         return lease, True
     lease.sharers += lease.sharers > 0
@@ -90,16 +89,18 @@ def leave(request: HttpRequest, lease: Lease) -> bool:
 
 def end(request: HttpRequest) -> Lease | None:
     """The middleware's request is over: the lease that it has to end, None where nothing was taken."""
-    own = vars(request)
-    own[_ENDED] = True  # before the lease is looked for: a thread that still runs a view may just make one
-    lease: Lease | None = own.pop(LEASE, None)
+    # Before the lease is looked for: a thread that still runs a view may just make one.
+    request._concurrency_ended = True  # type: ignore[attr-defined]  # _ENDED
+    if getattr(request, LEASE, None) is None:  # whoever makes one from now on sees that it has ended
+        return None
+    lease: Lease | None = request.__dict__.pop(LEASE, None)
     return lease
 
 
 def policies_of(request: HttpRequest, view: Any, config: Config) -> tuple[Policy, ...]:
     """The table's policies for this view, without those that a mark on the view replaces."""
     match = request.resolver_match
-    if not config.enabled or match is None:
+    if match is None or not config.enabled:
         return ()
     policies = config.table.match(match.view_name, request.method or "")
     if policies and getattr(view, MARK, False):
@@ -113,14 +114,19 @@ def is_replaced(policy: Policy, view: Any) -> bool:
 
 
 def admit(
-    request: HttpRequest, lease: Lease, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
+    request: HttpRequest,
+    lease: Lease,
+    policies: Sequence[Policy],
+    kwargs: Mapping[str, Any],
+    config: Config,
+    begun: Begun | None = None,
 ) -> Steps[HttpResponseBase | None]:
     """Take a slot of each policy that applies, into the lease. None, or the answer that turns the request away.
 
-    `kwargs` are the view's. Raises what the project's callables raise, and ImproperlyConfigured for a store that cannot
-    limit; whoever owns the lease gives back then.
+    `kwargs` are the view's. `begun`: a take that did not have all of them at once. Raises what the project's callables raise,
+    and ImproperlyConfigured for a store that cannot limit; whoever owns the lease gives back then.
     """
-    verdict = yield from decide(request, lease, policies, kwargs, config)
+    verdict = yield from decide(request, lease, policies, kwargs, config, begun)
     if verdict is None or verdict.rejected_by is None:
         return None
     # What this request asked further out, in the middleware or in another decorator, belongs to the lists too.
@@ -128,18 +134,28 @@ def admit(
 
 
 def decide(
-    request: HttpRequest, lease: Lease, policies: Sequence[Policy], kwargs: Mapping[str, Any], config: Config
+    request: HttpRequest,
+    lease: Lease,
+    policies: Sequence[Policy],
+    kwargs: Mapping[str, Any],
+    config: Config,
+    begun: Begun | None = None,
 ) -> Steps[Verdict | None]:
     """`admit` without an answer, for those who have their own. None where no policy applies."""
     stores = {policy.backend: store_of(policy, config) for policy in policies}
-    asking = yield from Resolver(request, kwargs, config.trusted, config.client_header).resolve(policies)
-    if not asking:
-        return None
-    known, fresh = _known(lease, asking)
-    token = new_token()
+    asking: Sequence[Asked | KeyMissing]
+    if begun is not None:
+        asking, token = begun.asked, begun.slots[0].token
+    else:
+        asking = yield from Resolver(request, kwargs, config.trusted, config.client_header).resolve(policies)
+        token = new_token()
+        if not asking:
+            return None
+    # Another decorator may have been told meanwhile what was not known when the take was begun.
+    known, fresh = _known(lease, asking) if begun is None else ({}, [*asking])
     threads, private_loop = _threads(request, config), _is_of_a_thread(request)
     verdict = yield from _watched(
-        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, threads, private_loop)
+        acquire(fresh, stores, lease, token, request.path, config.on_backend_error, threads, private_loop, begun)
     )
     if verdict.rejected_by is not None:
         yield from lease.steps_to_give(token)
@@ -149,7 +165,7 @@ def decide(
     if verdict.rejected_by is None:
         _remember(lease, fresh, verdict)
         lease.announce(token)
-    yield from _announce(request, fresh, verdict)
+    yield from announce(request, fresh, verdict)
     return verdict
 
 
@@ -161,7 +177,7 @@ def admit_outside(entry: Asked, lease: Lease, config: Config) -> Steps[Verdict]:
     )
     if verdict.rejected_by is None:
         lease.announce(token)
-    yield from _announce(None, [entry], verdict)
+    yield from announce(None, [entry], verdict)
     return verdict
 
 
@@ -179,7 +195,7 @@ def _is_of_a_thread(request: HttpRequest) -> bool:
 def conclude(request: HttpRequest, response: object, lease: Lease) -> None:
     """The request has its response: adds the RateLimit fields where HEADERS says `always`. Gives back if it cannot."""
     try:
-        if lease.fields and isinstance(response, HttpResponseBase) and conf.current().headers == "always":
+        if conf.current().headers == "always" and lease.fields and isinstance(response, HttpResponseBase):
             rejection.add_fields_where_private(request, response, lease.fields)
     except BaseException:
         lease.release()
@@ -211,14 +227,19 @@ def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
                 effect = steps.throw(error)
             else:
                 if type(effect) is Take or type(effect) is Queue:
-                    kind = type(reply)
-                    if kind is Taken or kind is Full:
-                        peaks.seen(effect.store, effect.slots, reply.in_flight)
-                    elif kind is StoreFailed and reply.sent:
-                        health.failed(effect.store, reply.error, began)
+                    note(effect, reply, began)
                 effect = steps.send(reply)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
+
+
+def note(effect: Take | Queue, reply: Any, began: float) -> None:
+    """What a reply says of its store's health, and of what is in flight there. `began`: when it was asked."""
+    kind = type(reply)
+    if kind is Taken or kind is Full:
+        peaks.seen(effect.store, effect.slots, reply.in_flight)
+    elif kind is StoreFailed and reply.sent:
+        health.failed(effect.store, reply.error, began)
 
 
 Known = dict[str, PolicyResult]
@@ -259,9 +280,10 @@ def _remember(lease: Lease, fresh: Sequence[Asked | KeyMissing], verdict: Verdic
     lease.fields += verdict.fields
 
 
-def _announce(request: HttpRequest | None, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> Steps[None]:
-    acquired = signals.slot_acquired.has_listeners(Policy)
-    rejected = signals.request_rejected.has_listeners(Policy)
+def announce(request: HttpRequest | None, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> Steps[None]:
+    """Send the signals of an acquisition, and log what was turned away."""
+    acquired = signals.slot_acquired.receivers and signals.slot_acquired.has_listeners(Policy)
+    rejected = signals.request_rejected.receivers and signals.request_rejected.has_listeners(Policy)
     found = {result.policy: result for result in verdict.concurrency.policies}
     refusal = verdict.concurrency.rejection
     for entry in fresh:

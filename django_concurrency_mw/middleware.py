@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.http.response import HttpResponseBase
 
 from . import conf
-from .drivers import arun, run
+from .admission import aadmit, admit
 from .lifetime import afinish, finish, release_cancelled
-from .limiter import admit, begin, conclude, end, join, policies_of
+from .limiter import LEASE, begin, conclude, end, join, policies_of
+from .outcomes import NOT_LIMITED
 from .routes import innermost
 
 if TYPE_CHECKING:
@@ -47,14 +49,16 @@ class ConcurrencyLimitMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
         if self.is_async:
             return self.__acall__(request)
-        begin(request)
+        # `begin` and `end` by hand: of a view without a policy the calls would be a third of the cost.
+        request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
+        request._concurrency_lease = None  # type: ignore[attr-defined]
         try:
             response: HttpResponseBase = self.get_response(request)
         except BaseException:
             _abort(request)
             raise
-        lease = end(request)
-        if lease is not None:
+        request._concurrency_ended = True  # type: ignore[attr-defined]
+        if getattr(request, LEASE, None) is not None and (lease := end(request)) is not None:
             conclude(request, response, lease)
             finish(lease, response)
         return response
@@ -81,15 +85,21 @@ class ConcurrencyLimitMiddleware:
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
+        match = request.resolver_match
+        if match is not None and match.view_name in config.table.free:  # as nearly always
+            return None
         policies = _policies(request, view, config)
-        return run(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
+        return admit(request, join(request)[0], policies, kwargs, config) if policies else None
 
     async def aprocess_view(
         self, request: HttpRequest, view: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HttpResponseBase | None:
         config = conf.current()
+        match = request.resolver_match
+        if match is not None and match.view_name in config.table.free:
+            return None
         policies = _policies(request, view, config)
-        return await arun(admit(request, join(request)[0], policies, kwargs, config)) if policies else None
+        return await aadmit(request, join(request)[0], policies, kwargs, config) if policies else None
 
 
 def _abort(request: HttpRequest) -> None:
@@ -103,7 +113,9 @@ def _abort(request: HttpRequest) -> None:
 def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Config) -> tuple[Policy, ...]:
     """What is to be taken here: nothing where the view's own throttle takes it."""
     policies = policies_of(request, view, config)
-    return () if policies and throttles_itself(view) else policies
+    if not policies or (type(view) is FunctionType and not view.__dict__):  # which is nobody's class
+        return policies
+    return () if throttles_itself(view) else policies
 
 
 def is_ours(cls: type) -> bool:

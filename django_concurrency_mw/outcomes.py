@@ -5,6 +5,7 @@ A request that was let in because the store is down is not a request that holds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -177,6 +178,21 @@ class Concurrency:
     rejection: Rejection | None = None
     waited: float = 0.0
     _lease: Owner | None = field(default=None, repr=False, compare=False)
+    #: Of one that nobody has looked at yet: what was asked for, all of which is held, and the counts.
+    _taken: tuple[Sequence[Asked], Sequence[int]] | None = field(default=None, repr=False, compare=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """What nobody has looked at yet."""
+        if name not in ("limited", "policies", "rejection", "waited"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        asked, counts = self._taken or ((), ())
+        policies = tuple(
+            PolicyResult(entry.policy.name, entry.key.text, "held", count, entry.limit)
+            for entry, count in zip(asked, counts, strict=True)
+        )
+        for field_name, value in (("limited", True), ("policies", policies), ("rejection", None), ("waited", 0.0)):
+            _set(self, field_name, value)
+        return getattr(self, name)
 
     def release(self) -> None:
         """Give this request's slots back now, for a view that is done with the limited part. Further calls do nothing."""
@@ -191,6 +207,27 @@ class Concurrency:
         """
         return HANDED_OVER if self._lease is None else self._lease.hand_over()
 
+
+def remaining(asked: Sequence[Asked], counts: Sequence[int]) -> tuple[LimitField, ...]:
+    """Of what was asked for and may be full: what is left, by the counts of a take."""
+    return tuple(
+        [
+            (entry.policy.name, entry.limit, max(0, entry.limit - count))
+            for entry, count in zip(asked, counts, strict=True)
+            if entry.policy.block and entry.limit is not None
+        ]
+    )
+
+
+def all_held(asked: Sequence[Asked], counts: Sequence[int], lease: Owner) -> Concurrency:
+    """Everything that was asked for is held. Most views never look at it, so what it says is made when one does."""
+    made = _new(Concurrency)
+    _set(made, "_lease", lease)
+    _set(made, "_taken", (asked, counts))
+    return made
+
+
+_new, _set = object.__new__, object.__setattr__
 
 #: Of a request to which no policy applied.
 NOT_LIMITED = Concurrency()

@@ -71,7 +71,7 @@ class PolicyTable:
     that meet a new name at once write equal entries.
     """
 
-    __slots__ = ("_by_name", "_globs", "_methods", "_views", "policies")
+    __slots__ = ("_by_name", "_globs", "_methods", "_views", "free", "policies")
 
     def __init__(self, policies: Sequence[Policy] = ()) -> None:
         self.policies: tuple[Policy, ...] = tuple(policies)
@@ -80,7 +80,9 @@ class PolicyTable:
         self._globs = [
             (policy, _any_of(policy.url_names), _any_of(policy.exclude)) for policy in self.policies if policy.url_names
         ]
-        self._views: dict[str, Mapping[str, tuple[Policy, ...]] | None] = {}
+        self._views: dict[str, Mapping[str, tuple[Policy, ...]]] = {}
+        #: The names of views that were seen, and that no policy matches whatever the method.
+        self.free: set[str] = set()
 
     def __iter__(self) -> Iterator[Policy]:
         return iter(self.policies)
@@ -94,12 +96,15 @@ class PolicyTable:
 
     def match(self, view_name: str, method: str) -> tuple[Policy, ...]:
         """The policies of this view and method, in table order."""
-        try:
-            methods = self._views[view_name]
-        except KeyError:
-            methods = self._views[view_name] = self._compile(view_name)
+        methods = self._views.get(view_name)
         if methods is None:
-            return ()
+            if view_name in self.free:
+                return ()
+            methods = self._compile(view_name)
+            if methods is None:
+                self.free.add(view_name)
+                return ()
+            self._views[view_name] = methods
         found = methods.get(method)
         return methods[_OTHER] if found is None else found
 

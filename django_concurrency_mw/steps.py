@@ -52,7 +52,7 @@ class Ledger(Waiting, Protocol):
     """The lease, as the steps see it."""
 
     def expect(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> None:
-        """These slots may be held from now on."""
+        """These slots, one for each policy, may be held from now on."""
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
         """Of what one take asked for, these are held and the others are not. False: all was given back meanwhile, which the
@@ -77,6 +77,16 @@ class Ledger(Waiting, Protocol):
         """See `Concurrency.hand_over`."""
 
 
+class Begun(Take):
+    """A take that was asked for at once, at this monotonic second; and the reply, when it is there."""
+
+    __slots__ = ("asked", "began", "reply")
+    reply: TakeReply | StoreFailed
+
+    def __init__(self, store: Any, slots: tuple[Slot, ...], asked: Sequence[Asked], began: float) -> None:
+        self.store, self.slots, self.asked, self.began = store, slots, asked, began
+
+
 @dataclass(slots=True)
 class _Account:
     """What is known so far of each policy asked, in table order."""
@@ -98,8 +108,11 @@ def acquire(
     on_error: OnError,
     threads: int | None = None,
     private_loop: bool = False,
+    begun: Begun | None = None,
 ) -> Steps[Verdict]:
     """Take what the policies ask for, or find out why not. `stores` maps a policy's `backend` to its store.
+
+    `begun`: all of it has been asked for at once, and was not had.
 
     `on_error` is the setting; a policy's own `on_backend_error` goes before it. `threads` is how many threads of this process
     may wait at once; None: nobody may wait here. `private_loop`: see `Enter`. On a rejection the caller gives back what the
@@ -127,24 +140,12 @@ def acquire(
     waited = Waited(Taken((), ()))
     # Whoever holds a slot of one store, from this step or from an earlier one, does not wait for one of another.
     may_wait = len({id(stores[entry.policy.backend]) for entry in wanted}) == 1
-    for store, group in _rounds(wanted, stores):
-        slots = tuple(
-            Slot(
-                entry.policy.name,
-                entry.key,
-                UNLIMITED if entry.limit is None else entry.limit,
-                lease_seconds(entry.policy),
-                token,
-                entry.policy.block,
-                path,
-                entry.cost,
-                entry.policy.wait > 0,
-            )
-            for entry in group
-        )
-        policies = [entry.policy for entry in group]
-        lease.expect(store, policies, slots)
-        reply = yield from Take(store, slots)
+    for store, group in _rounds(wanted, stores) if begun is None else [(begun.store, wanted)]:
+        if begun is None:
+            slots = expected(store, group, lease, token, path)
+            reply = yield from Take(store, slots)
+        else:
+            slots, reply = begun.slots, begun.reply
         waited = Waited(reply)
         if isinstance(reply, Full) and may_wait and threads is not None and not lease.holds_elsewhere(store):
             waited = yield from wait(store, group, slots, reply, lease, threads, private_loop)
@@ -169,6 +170,32 @@ def acquire(
     )
 
 
+def expected(store: Any, group: Sequence[Asked], lease: Ledger, token: str, path: str) -> tuple[Slot, ...]:
+    """What to ask for; from now on the lease may hold it."""
+    if len(group) == 1:  # as nearly always, and in less time
+        slots: tuple[Slot, ...] = (_slot(group[0], token, path),)
+        lease.expect(store, (group[0].policy,), slots)
+    else:
+        slots = tuple([_slot(entry, token, path) for entry in group])
+        lease.expect(store, [entry.policy for entry in group], slots)
+    return slots
+
+
+def _slot(entry: Asked, token: str, path: str) -> Slot:
+    policy, limit = entry.policy, entry.limit
+    return Slot(
+        policy.name,
+        entry.key,
+        UNLIMITED if limit is None else limit,
+        lease_seconds(policy),
+        token,
+        policy.block,
+        path,
+        entry.cost,
+        policy.wait > 0,
+    )
+
+
 def failed(lease: Ledger, slots: Sequence[Slot], reply: StoreFailed, *, in_doubt: bool = False) -> None:
     """What was asked for may be held, unless nothing was asked at all: neither now nor, `in_doubt`, before."""
     if reply.sent or in_doubt:
@@ -184,7 +211,8 @@ def above_limit(entry: Asked) -> bool:
 
 def lease_seconds(policy: Policy) -> float:
     """How long a take is good for without a renewal."""
-    return policy.ttl if policy.max_age is None else min(policy.ttl, policy.max_age)
+    most = policy.max_age
+    return policy.ttl if most is None or most >= policy.ttl else most
 
 
 def _rounds(wanted: Sequence[Asked], stores: dict[str, Any]) -> list[tuple[Any, list[Asked]]]:

@@ -18,8 +18,10 @@ from django_concurrency_mw import conf
 from django_concurrency_mw.backends import BackendConfig, BaseBackend, get_backend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.exceptions import ConfigurationError
+from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.middleware import ConcurrencyLimitMiddleware
 from django_concurrency_mw.outcomes import Slot
+from django_concurrency_mw.policies import Policy
 
 from .asgi_driver import fetch
 from .support import OURS, Limits, everything, held, nothing_held, run_async
@@ -373,3 +375,16 @@ def test_the_same_store_is_counted_in_through_override_settings(limits: Limits) 
     finally:
         switch.gate = gate  # type: ignore[method-assign]  # as it was
     assert seen == [["all"], 429]
+
+
+def test_plans_are_not_kept_for_ever(limits: Limits) -> None:
+    """Nor any of a table that is not in force any more."""
+    limits()
+    config = conf.current()
+    for number in range(conf.MOST_PLANS + 2):
+        config.plan((Policy(f"p{number}", parse_key("global"), 1),))
+        assert len(config.plans) <= conf.MOST_PLANS
+    assert config.plans
+    conf._Owner(django_settings.CONCURRENCY_LIMIT).switch(config.table, config.loaded)  # type: ignore[arg-type]
+    assert conf.current() is not config
+    assert not conf.current().plans

@@ -36,6 +36,10 @@ from django_concurrency_mw.tokens import new_token
 from .support import SOON, exit_code, wait_until
 
 
+class GreenletExit(BaseException):
+    """As gevent's, of which asyncio knows nothing."""
+
+
 class Counting(MemoryBackend):
     """Counts what it is asked to renew, and can refuse to."""
 
@@ -102,6 +106,16 @@ class TestRenewal:
         assert renew([held], start + 40) == pytest.approx(start + 60)
         assert store.renewals == [[60], [60]]
         held.release()
+
+    def test_the_first_of_several_that_is_due_is_looked_after(
+        self, store: Counting, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        watched: list[float] = []
+        monkeypatch.setattr(keeper, "watch", lambda lease, due: watched.append(due))
+        rules = [policy("a", ttl=30), policy("b", ttl=3), policy("c", ttl=60)]
+        held = Lease()
+        held.expect(store, rules, [Slot(one.name, make_key("k"), 5, one.ttl, "t") for one in rules])
+        assert watched == [held.holdings()[1].due]
 
     def test_several_slots_of_one_store_are_one_call(self, store: Counting) -> None:
         held = take(store, policy("a"))
@@ -245,17 +259,27 @@ class TestARenewalThatGoesWrong:
 
 
 class TestGivingBack:
-    def test_exactly_once_whoever_asks(self, store: Counting) -> None:
-        """Eight threads end the same request; each slot is given, and told of, once."""
+    @pytest.mark.parametrize("told", [True, False])
+    def test_exactly_once_whoever_asks(self, store: Counting, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+        """Eight threads end the same request; each slot is given, and told of if there is anybody to tell, once."""
         released: list[str] = []
+        given: list[str] = []
+        give = store.give
+
+        def gives(slots: Sequence[Slot]) -> Sequence[bool]:
+            given.extend(slot.policy for slot in slots)
+            return give(slots)
+
+        monkeypatch.setattr(store, "give", gives)
 
         def receiver(policy: Policy, held: bool, **kwargs: Any) -> None:
             released.append(policy.name)
             assert held
 
-        signals.slot_released.connect(receiver)
+        if told:
+            signals.slot_released.connect(receiver)
         try:
-            for _ in range(200):
+            for _ in range(100):
                 held = take(store, policy("a"))
                 take(store, policy("b"), held)
                 start = threading.Barrier(8)
@@ -271,8 +295,72 @@ class TestGivingBack:
                     thread.join()
         finally:
             signals.slot_released.disconnect(receiver)
-        assert sorted(released) == ["a"] * 200 + ["b"] * 200
+        assert sorted(given) == ["a"] * 100 + ["b"] * 100
+        assert sorted(released) == (sorted(given) if told else [])
         assert store.snapshot() == []
+
+    def test_each_store_gets_back_its_own(self) -> None:
+        one, other = Counting(), Counting()
+        held = take(one, policy("a"))
+        take(other, policy("b"), held)
+        held.release()
+        assert one.snapshot() == other.snapshot() == []
+
+    @pytest.mark.parametrize("says", ["the store", "its lease's end", "a renewal"])
+    def test_what_was_gone_before_its_release_is_told_of(
+        self, store: Counting, caplog: pytest.LogCaptureFixture, says: str
+    ) -> None:
+        """Whoever knows of it."""
+        held = take(store, policy(ttl=60))
+        (one,) = held.holdings()
+        if says == "the store":
+            store.evict(one.slot.token)
+        elif says == "a renewal":
+            one.lost = True
+        else:
+            one.ends = monotonic() - 1
+        held.release()
+        (record,) = caplog.records
+        assert "policy p" in record.getMessage()
+
+    def test_what_only_this_process_counts_is_given_back_to_nobody(
+        self, store: Counting, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And it was not lost."""
+        held, limit = Lease(), policy(ttl=60)
+        slot = Slot(limit.name, make_key("k"), 5, 60, new_token(), True)
+        assert held.stand_in(store, [limit], [slot])[0]
+        given: list[Any] = []
+        monkeypatch.setattr(store, "give", given.append)
+        held.release()
+        assert given == []
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("half", ["threads", "loop", "loop, by a task"])
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    def test_what_cuts_a_release_short_loses_nothing(
+        self, store: Counting, monkeypatch: pytest.MonkeyPatch, half: str, moment: str
+    ) -> None:
+        """A worker's SystemExit, say: then the keeper gives back."""
+        held = take(store, policy())
+        store.never_waits = half == "loop"
+        give = store.give
+
+        def cut(slots: Sequence[Slot]) -> Sequence[bool]:
+            monkeypatch.undo()
+            if moment == "after":
+                give(slots)
+            raise GreenletExit
+
+        async def acut(slots: Sequence[Slot]) -> Sequence[bool]:
+            return cut(slots)
+
+        monkeypatch.setattr(store, "give", cut)
+        monkeypatch.setattr(store, "agive", acut)
+        release = held.release if half == "threads" else lambda: asyncio.run(held.arelease())
+        with pytest.raises(GreenletExit):
+            release()
+        assert wait_until(lambda: store.snapshot() == [])
 
     def test_what_was_expected_but_never_answered_is_given_back(self, store: Counting) -> None:
         """The take was cut short by an exception after the store had done it."""

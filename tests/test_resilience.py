@@ -274,12 +274,12 @@ def test_a_driver_says_that_nothing_was_sent() -> None:
         return reply.sent
 
     async def on_a_loop() -> object:
-        return await drivers._atake(effect)
+        return await drivers.atake(effect)
 
-    assert says_sent(drivers._take(effect))
+    assert says_sent(drivers.take(effect))
     assert says_sent(run_async(on_a_loop))
     health.failed(store, BackendError("down"), monotonic())
-    assert not says_sent(drivers._take(effect))
+    assert not says_sent(drivers.take(effect))
     assert not says_sent(run_async(on_a_loop))
 
 
