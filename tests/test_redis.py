@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,8 +25,9 @@ from asgiref.sync import async_to_sync
 from django.core.exceptions import ImproperlyConfigured
 
 from django_concurrency_mw.backends import BackendConfig
+from django_concurrency_mw.backends.redis import mux as mux_module
 from django_concurrency_mw.backends.redis.store import RedisBackend
-from django_concurrency_mw.backends.redis.wire import member
+from django_concurrency_mw.backends.redis.wire import MOST_TERMS, Keys, member
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
@@ -110,6 +112,18 @@ def drained(server: RedisServer, prefix: str) -> bool:
     return wait_until(lambda: server.held(prefix) == 0)
 
 
+def test_what_is_kept_packed_is_of_those_terms_alone() -> None:
+    """A limit that a callable names anew each time takes no more memory than that."""
+    base, keys = Slot("p", make_key("k"), 1, 60.0, "token"), Keys("prefix")
+    changes: list[dict[str, Any]] = [{}, {"limit": 2}, {"ttl": 9.0}, {"block": False}, {"cost": 2}, {"waits": True}]
+    for changed in [*changes, *changes]:
+        one = replace(base, **changed, memo=[])
+        assert keys.take([one]) == Keys("prefix").take([one])
+    for limit in range(MOST_TERMS + 2):
+        keys.take([replace(base, limit=limit, memo=[])])
+        assert len(keys._packed) <= MOST_TERMS
+
+
 class TestOneScript:
     """What the take script promises; what all stores promise is in test_steps and test_contract."""
 
@@ -121,6 +135,26 @@ class TestOneScript:
         assert client.pttl(key) > 90_000
         store.take([slot(limit=3, ttl=200)])
         assert client.pttl(key) > 190_000
+
+    def test_asking_twice_counts_once_where_there_is_room(self, store: RedisBackend) -> None:
+        """A command whose reply was lost is sent again."""
+        one, two = slot("a", limit=3), slot("b", limit=3)
+        for slots in [one], [one], [one, two], [one, two]:
+            assert store.take(slots) == Taken((True,) * len(slots), (1,) * len(slots))
+
+    def test_of_several_each_counts_by_its_own_cost(self, store: RedisBackend) -> None:
+        def dear() -> Slot:
+            return Slot("a", make_key("k"), 5, 60.0, new_token(), True, cost=3)
+
+        assert store.take([dear(), slot("b")]) == Taken((True, True), (3, 1))
+        assert store.take([slot("b", limit=9), dear()]) == Full((False, True), (1, 3))
+        assert store.take([dear(), slot("b", limit=9)]) == Full((True, False), (3, 1))
+
+    def test_a_shadow_policy_beside_one_that_is_like_it_in_all_else(self, store: RedisBackend) -> None:
+        full, free = slot("a"), slot("b")
+        store.take([full])
+        assert store.take([slot("a", block=False), free]) == Taken((False, True), (1, 1))
+        assert sorted(holder.token for holder in store.snapshot()) == sorted([full.token, free.token])
 
     def test_each_holder_has_its_own_end(self, store: RedisBackend, redis_server: RedisServer) -> None:
         store.take([slot(limit=2, ttl=60)])
@@ -403,6 +437,31 @@ def _take_on_a_loop(store: RedisBackend, slots: Sequence[Slot]) -> Any:
 
 
 class TestLoops:
+    def test_who_is_alone_is_sent_at_once_and_all_that_follow_together(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent: list[bytes] = []
+        real = mux_module.send
+
+        def send(conn: Any, packed: bytes) -> None:
+            sent.append(packed)
+            real(conn, packed)
+
+        async def main() -> None:
+            await store.atake([slot("warm")])
+            monkeypatch.setattr(mux_module, "send", send)
+            some = [slot(limit=9) for _ in range(9)]
+            tasks = [asyncio.create_task(store.atake([one])) for one in some]
+            await asyncio.sleep(0)
+            assert [packed.count(b"EVALSHA") for packed in sent] == [1]
+            await asyncio.gather(*tasks)
+            assert [packed.count(b"EVALSHA") for packed in sent] == [1, 8]
+            await store.agive(some)
+            await store.atake([slot("last")])
+            assert [packed.count(b"ZREM") for packed in sent[2:]] == [9]
+
+        asyncio.run(main())
+
     def test_a_thousand_at_once_share_one_connection(self, redis_server: RedisServer, prefix: str) -> None:
         (store,) = [next(made(redis_server.url, prefix, socket_timeout=5))]
 

@@ -190,9 +190,15 @@ class DeadlineSocket:
         self._inner, self.deadline, self._step, self._set = inner, deadline, step, 0.0
 
     def recv(self, *arguments: Any) -> bytes:
+        if self._step is None:
+            self._bound()
+            return self._inner.recv(*arguments)
         return in_time(self._bound, self._inner.recv, *arguments)  # type: ignore[no-any-return]  # what recv returns
 
     def recv_into(self, *arguments: Any) -> int:
+        if self._step is None:
+            self._bound()
+            return self._inner.recv_into(*arguments)
         return in_time(self._bound, self._inner.recv_into, *arguments)  # type: ignore[no-any-return]  # and recv_into
 
     def sendall(self, *arguments: Any) -> None:
@@ -203,7 +209,9 @@ class DeadlineSocket:
         """redis-py sets the timeout of the call to come; ours is the deadline."""
 
     def _bound(self) -> float:
-        left = left_until(self.deadline, self._step)
+        left = self.deadline - monotonic()
+        if self._step is not None or left <= 0:
+            left = left_until(self.deadline, self._step)
         if not 0.95 * self._set <= left <= 1.05 * self._set:  # setting it is a system call, and mostly it stands
             self._inner.settimeout(left)
             self._set = left
@@ -264,9 +272,21 @@ async def areply(conn: Any) -> Any:
     try:
         return await conn.read_response(disconnect_on_error=False)
     except ResponseError as error:
-        if is_demoted(error):  # ask again where the master is
-            raise ConnectionError(str(error)) from error
-        return understood(conn, error)
+        return refusal(conn, error)
+
+
+def refusal(conn: Any, error: ResponseError) -> Exception:
+    """What an error of the server's means. Raises: ConnectionError where it means that the connection is lost."""
+    if is_demoted(error):  # ask again where the master is
+        raise ConnectionError(str(error)) from error
+    return understood(conn, error)
+
+
+def send(conn: Any, packed: bytes) -> None:
+    """Send it, on an event loop, and do not wait for that. Whoever reads sees when the connection is lost."""
+    writer = getattr(conn, "_writer", None)  # private: send_packed_command() takes a task, and would connect by itself
+    if writer is not None and not writer.transport.is_closing():
+        writer.transport.write(packed)
 
 
 async def hang_up(conn: Any) -> None:

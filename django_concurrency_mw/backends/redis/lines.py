@@ -16,12 +16,12 @@ from typing import Any
 
 from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe
+from .connecting import Recipe, refusal
 from .detour import Detour
 from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
-from .redirects import Ask, Moved, Node, tries_again, understood
+from .redirects import Ask, Moved, Node, tries_again
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
@@ -55,9 +55,7 @@ class Line:
         try:
             return self.conn.read_response(disconnect_on_error=False)
         except ResponseError as error:
-            if is_demoted(error):  # ask again where the master is
-                raise ConnectionError(str(error)) from error
-            return understood(self.conn, error)
+            return refusal(self.conn, error)
 
     def hear(self, entries: int, leftovers: Leftovers, detour: Detour) -> None:
         """Read the replies of so many owed entries. What the server could not carry out now is left over."""

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import ConnectionError, NoScriptError, RedisError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe, areply, hang_up
+from .connecting import Recipe, areply, hang_up, refusal, send
 from .detour import LoopDetour
 from .errors import is_final, passes
 from .greeting import Greeting
@@ -75,7 +75,6 @@ class Mux:
         self.loop = asyncio.get_running_loop()
         self._unanswered: deque[Command] = deque()
         self._outbox: list[bytes] = []
-        self._writing: set[asyncio.Task[None]] = set()
         self._conn: Any = None
         self._owner: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -120,25 +119,25 @@ class Mux:
     def _queue(self, command: Command) -> None:
         self._unanswered.append(command)
         if self._conn is not None:
-            if not self._outbox:  # the first of this tick: all that follow share its write
-                task = self.loop.create_task(self._write(self._conn))
-                self._writing.add(task)  # the loop itself keeps only a weak reference
-                task.add_done_callback(self._writing.discard)
             self._outbox.append(command.packed)
+            if command.waiter is not None and len(self._unanswered) == len(self._outbox):
+                self._write(self._conn)  # nothing is under way: nobody has to wait for others who may follow
+            elif len(self._outbox) == 1:  # the first of this tick: all that follow share its write
+                self.loop.call_soon(self._write, self._conn)
         elif self._owner is None:
             self._owner = self.loop.create_task(self._own())
             self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
         if self._timer is None:
             self._timer = self.loop.call_later(self._timeout, self._sweep)
 
-    async def _write(self, conn: Any) -> None:
+    def _write(self, conn: Any) -> None:
+        """What it cannot send the transport keeps: MOST commands at most."""
         if conn is not self._conn:  # lost meanwhile: it is sent again
             return
         batch = b"".join(self._outbox)
         self._outbox.clear()
-        if batch and conn.is_connected:  # send_packed_command() would connect by itself
-            with contextlib.suppress(*LOST):  # the reader sees the loss too, and the batch is unanswered
-                await conn.send_packed_command([batch], check_health=False)
+        if batch:
+            send(conn, batch)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -165,7 +164,10 @@ class Mux:
     async def _read(self, conn: Any) -> None:
         now = self.loop.time
         while True:
-            reply = await areply(conn)
+            try:  # `areply` by hand
+                reply = await conn.read_response(disconnect_on_error=False)
+            except ResponseError as error:
+                reply = refusal(conn, error)
             self._heard = now()
             if isinstance(reply, Ask):
                 await self._send_on(reply)
@@ -217,7 +219,7 @@ class Mux:
                 await self._pause()
                 try:
                     conn = await self._connect()
-                    await self._send_again(conn)
+                    self._send_again(conn)
                     self._reading = self.loop.create_task(self._read(conn))
                     await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
@@ -268,7 +270,7 @@ class Mux:
         """Send the last releases and hear their replies, but not for long."""
 
         async def hear() -> None:
-            await self._write(conn)
+            self._write(conn)
             while self._unanswered:
                 self._answer(await areply(conn))
 
@@ -365,12 +367,12 @@ class Mux:
         )
         return bool(self._unanswered)
 
-    async def _send_again(self, conn: Any) -> None:
+    def _send_again(self, conn: Any) -> None:
         self._prune()
         self._outbox = [command.packed for command in self._unanswered]
         self._conn = conn
         self._connected_at = self._heard = self.loop.time()
-        await self._write(conn)
+        self._write(conn)
 
 
 def _words(error: BaseException | None) -> str:

@@ -51,6 +51,8 @@ PEAKS_FOR, PROCESS_FOR = 30 * 86_400.0, 600.0
 ASK_OFTEN, DEAF_PLACE_FOR = 0.05, 1.0
 #: Seconds for which one who was let in holds until it asks, as in `lines.lua`.
 GRANT = 5.0
+#: Ways to ask for a slot that are kept packed.
+MOST_TERMS = 1024
 #: In a slot's memo, behind its names: somebody who may wait has used its policy.
 WAITED_FOR: Final = "waited for"
 
@@ -58,13 +60,16 @@ WAITED_FOR: Final = "waited for"
 class Script:
     """A Lua script of this package: its text and the digest that EVALSHA names it by."""
 
-    def __init__(self, *names: str) -> None:
-        texts = [(files(__package__) / "scripts" / f"{each}.lua").read_bytes() for each in ("members", *names)]
+    def __init__(self, *names: str, before: Sequence[str] = ()) -> None:
+        names = (*before, "members", *names)
+        texts = [(files(__package__) / "scripts" / f"{each}.lua").read_bytes() for each in names]
         lines = [line.strip() for text in texts for line in text.splitlines()]
         self.text = b"\n".join([line for line in lines if line and not line.startswith(b"--")])
         self.sha = hashlib.sha1(self.text).hexdigest().encode()
         self.load = pack(b"SCRIPT", b"LOAD", self.text)
         self._heads = {False: b"$7\r\nEVALSHA\r\n" + bulk(self.sha), True: b"$4\r\nEVAL\r\n" + bulk(self.text)}
+        #: What the call that nearly all are begins with: for one key, with four arguments.
+        self.head_of_one = b"*%d\r\n%b%b" % (3 + 1 + 4, self._heads[False], bulk(b"1"))
 
     def call(self, keys: Sequence[bytes], arguments: Sequence[bytes], count: int, *, whole: bool) -> bytes:
         """The packed call; `whole` sends the text itself. Keys are packed, arguments too, `count` of them in all."""
@@ -88,7 +93,7 @@ def pack(*arguments: bytes) -> bytes:
     return b"*%d\r\n%b" % (len(arguments), b"".join(map(bulk, arguments)))
 
 
-TAKE = Script("lines", "take")
+TAKE = Script("lines", "take", before=["quick"])
 RENEW = Script("renew")
 #: Nobody waits for its reply. Where the script is not loaded it is left over, for a connection that has loaded it.
 WAKE = Script("lines", "wake")
@@ -119,6 +124,7 @@ class Keys:
         self.tombstones = self.prefix + b"!evicted"
         self.peaks = self.prefix + b"!peaks"
         self._heads: dict[str, bytes] = {}
+        self._packed: dict[tuple[int, float, bool, int, bool], bytes] = {}
 
     def semaphore(self, slot: Slot) -> bytes:
         """The packed key of a slot's semaphore."""
@@ -130,15 +136,26 @@ class Keys:
 
     def take(self, slots: Sequence[Slot], *, whole: bool = False) -> bytes:
         """The one command that takes all of them."""
+        if len(slots) == 1 and not whole:
+            key, holder = self._names(slots[0])
+            return b"%b%b%b%b" % (TAKE.head_of_one, key, self._terms(slots[0]), holder)
         keys, arguments = [], []
         for slot in slots:
             key, holder = self._names(slot)
             keys.append(key)
-            limit, lease = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl)
-            plain = slot.cost == 1 and not slot.waits
-            asked = b"$1\r\n%d\r\n" % slot.block if plain else bulk(_asked(slot))
-            arguments.append(b"$%d\r\n%b\r\n$%d\r\n%b\r\n%b%b" % (len(limit), limit, len(lease), lease, asked, holder))
+            arguments.append(self._terms(slot) + holder)
         return TAKE.call(keys, arguments, 4 * len(keys), whole=whole)
+
+    def _terms(self, slot: Slot) -> bytes:
+        """What `take` has to know of it, but for its holder: packed, and mostly packed before."""
+        terms = slot.limit, slot.ttl, slot.block, slot.cost, slot.waits
+        packed = self._packed.get(terms)
+        if packed is None:
+            if len(self._packed) >= MOST_TERMS:  # the limits of a callable
+                self._packed.clear()
+            numbers = b"%d" % slot.limit, b"%d" % milliseconds(slot.ttl), _asked(slot)
+            packed = self._packed[terms] = b"".join(map(bulk, numbers))
+        return packed
 
     def renew(self, slots: Sequence[tuple[Slot, float]], *, whole: bool = False) -> bytes:
         """The one command that renews all of them."""
@@ -190,6 +207,8 @@ class Keys:
         """One command each, whose reply is an integer, and which is of use until the lease has ended by itself; and one more
         for all that somebody may wait for."""
         now = monotonic()
+        if len(slots) == 1 and not slots[0].waits and len(slots[0].memo) < 2:  # as nearly always
+            return [Release(self._release(slots[0]), now + slots[0].ttl)]
         releases = [Release(self._release(slot), now + slot.ttl) for slot in slots]
         waited = [slot for slot in slots if slot.waits or len(slot.memo) > 1]
         if waited:
