@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,9 @@ LONGEST_ACCEPT = 4096
 
 _TYPE = "https://iana.org/assignments/http-problem-types#"
 PROBLEM_TYPES = {429: f"{_TYPE}quota-exceeded", 503: f"{_TYPE}temporary-reduced-capacity"}
+
+#: Accept headers whose reading is remembered, and characters of each.
+MOST_KNOWN, LONGEST_KNOWN = 256, 256
 
 #: Seconds of one policy's rejections that go into one line of the log.
 LOG_EVERY = 10.0
@@ -126,29 +130,51 @@ def _built_in(request: HttpRequest, rejection: Rejection) -> HttpResponseBase:
     elif media_type == TEXT:
         response = HttpResponse(f"{title}\n{detail}\n", content_type="text/plain; charset=utf-8")
     else:
-        body = {
-            "type": PROBLEM_TYPES[rejection.status],
-            "title": title,
-            "status": rejection.status,
-            "detail": detail,
-            "reason": rejection.reason,
-            "violated-policies": list(rejection.violated),
-        }
-        # JSON is UTF-8 whatever DEFAULT_CHARSET says.
-        response = HttpResponse(json.dumps(body, ensure_ascii=False).encode(), content_type=media_type)
+        body = _json(rejection.status, title, detail, rejection.reason, rejection.violated)
+        response = HttpResponse(body, content_type=media_type)
     response.status_code = rejection.status
-    patch_vary_headers(response, ["Accept"])
+    if "Vary" in response.headers:
+        patch_vary_headers(response, ["Accept"])
+    else:
+        response.headers["Vary"] = "Accept"
     return response
+
+
+@lru_cache(maxsize=256)
+def _json(status: int, title: str, detail: str, reason: str, violated: tuple[str, ...]) -> bytes:
+    """There are not many. JSON is UTF-8 whatever DEFAULT_CHARSET says."""
+    body = {
+        "type": PROBLEM_TYPES[status],
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "reason": reason,
+        "violated-policies": list(violated),
+    }
+    return json.dumps(body, ensure_ascii=False).encode()
 
 
 def _preferred(request: HttpRequest) -> str:
     """Which of ours the client would rather have; the first where it says nothing of use."""
-    if len(request.META.get("HTTP_ACCEPT", "")) > LONGEST_ACCEPT:
+    accept = request.META.get("HTTP_ACCEPT", "*/*")
+    known = _preferences.get(accept)
+    if known is not None:
+        return known
+    if len(accept) > LONGEST_ACCEPT:
         return PROBLEM
     try:
-        return request.get_preferred_type(MEDIA_TYPES) or PROBLEM
+        preferred = request.get_preferred_type(MEDIA_TYPES) or PROBLEM
     except (LookupError, ValueError):  # a parameter in a charset that does not exist, or that cannot be decoded
-        return PROBLEM
+        preferred = PROBLEM
+    if len(accept) <= LONGEST_KNOWN:
+        if len(_preferences) >= MOST_KNOWN:
+            _preferences.clear()
+        _preferences[accept] = preferred
+    return preferred
+
+
+#: By what clients say; browsers and libraries have few words for it.
+_preferences: dict[str, str] = {}
 
 
 def texts(rejection: Rejection) -> tuple[str, str]:

@@ -530,3 +530,19 @@ def test_texts_are_in_the_catalogue_of_no_language_by_themselves() -> None:
     with translation.override(None):
         title, _detail = rejection.texts(Rejection("p", "k", "backend_unavailable", 1, None, 3, 503, ("p",)))
     assert title == "Service temporarily unavailable"
+
+
+def test_what_clients_accept_takes_no_more_memory_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, str] = {}
+    monkeypatch.setattr(rejection, "_preferences", known)
+
+    def preferred(accept: str) -> str:
+        return rejection._preferred(RequestFactory().get("/", HTTP_ACCEPT=accept))
+
+    for number in range(rejection.MOST_KNOWN + 2):
+        assert preferred(f"text/html, x/{number}") == "text/html"
+        assert 0 < len(known) <= rejection.MOST_KNOWN
+    before = dict(known)
+    assert preferred("text/html," + " " * rejection.LONGEST_KNOWN) == "text/html"
+    assert preferred("text/html," + " " * rejection.LONGEST_ACCEPT) == PROBLEM
+    assert known == before
