@@ -6,13 +6,13 @@ say is for the limiter's steps, which go on from there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from . import limiter, peaks, signals
 from .drivers import arun, atake, run, take
-from .outcomes import Taken, Verdict, all_held
+from .outcomes import Asked, Slot, StoreFailed, Taken, TakeReply, Verdict, all_held
 from .steps import Begun, expected
 from .tokens import new_token
 
@@ -29,17 +29,24 @@ Policies = tuple["Policy", ...]
 Keywords = Mapping[str, Any]
 
 
+#: A store, the slots that it is asked for, what they are for, and since when (monotonic seconds).
+Asking = tuple[Any, tuple[Slot, ...], tuple[Asked, ...], float]
+
+
 def admit(
     request: HttpRequest, lease: Lease, policies: Policies, kwargs: Keywords, config: Config
 ) -> HttpResponseBase | None:
     """`limiter.admit`, in a thread."""
-    begun = _begin(request, lease, policies, config)
-    if begun is not None:
-        begun.reply = take(begun)
-        if _has_all(begun, request, lease):
+    begun = None
+    asking = _begin(request, lease, policies, config) if lease.is_new else None
+    if asking is not None:
+        store, slots, asked, began = asking
+        reply = take(store, slots)
+        if _has_all(asking, reply, request, lease):
             if signals.slot_acquired.receivers:
-                run(_announce(begun, request))
+                run(_announce(asked, request))
             return None
+        begun = Begun(store, slots, asked, reply, began)
     return run(limiter.admit(request, lease, policies, kwargs, config, begun))
 
 
@@ -47,20 +54,21 @@ async def aadmit(
     request: HttpRequest, lease: Lease, policies: Policies, kwargs: Keywords, config: Config
 ) -> HttpResponseBase | None:
     """`limiter.admit`, on an event loop."""
-    begun = _begin(request, lease, policies, config)
-    if begun is not None:
-        begun.reply = take(begun) if begun.store.never_waits else await atake(begun)
-        if _has_all(begun, request, lease):
+    begun = None
+    asking = _begin(request, lease, policies, config) if lease.is_new else None
+    if asking is not None:
+        store, slots, asked, began = asking
+        reply = take(store, slots) if store.never_waits else await atake(store, slots)
+        if _has_all(asking, reply, request, lease):
             if signals.slot_acquired.receivers:
-                await arun(_announce(begun, request))
+                await arun(_announce(asked, request))
             return None
+        begun = Begun(store, slots, asked, reply, began)
     return await arun(limiter.admit(request, lease, policies, kwargs, config, begun))
 
 
-def _begin(request: HttpRequest, lease: Lease, policies: Policies, config: Config) -> Begun | None:
+def _begin(request: HttpRequest, lease: Lease, policies: Policies, config: Config) -> Asking | None:
     """What to ask for, where that can be seen at once; the lease may hold it from now on."""
-    if not lease.is_new:
-        return None
     plan = config.plans.get(policies) or config.plan(policies)
     asked = plan.asked(request)
     if asked is None:
@@ -68,24 +76,30 @@ def _begin(request: HttpRequest, lease: Lease, policies: Policies, config: Confi
     store = config.stores.get(plan.backend)
     if store is None or (plan.waits and not store.supports_wait):
         store, *_ = [limiter.store_of(policy, config) for policy in policies]
-    slots = expected(store, asked, lease, new_token(), request.path)
-    return Begun(store, slots, asked, monotonic())
+    lease.tells = plan.tells
+    now = monotonic()
+    if len(asked) > 1:
+        return store, expected(store, asked, lease, new_token(), request.path), asked, now
+    entry = asked[0]
+    slots = (entry.slot(new_token(), request.path),)
+    lease.expect_one(store, entry.policy, slots, now)
+    return store, slots, asked, now
 
 
-def _has_all(begun: Begun, request: HttpRequest, lease: Lease) -> bool:
+def _has_all(asking: Asking, reply: TakeReply | StoreFailed, request: HttpRequest, lease: Lease) -> bool:
     """Was everything had at once, and is there nothing more to it? If not, nothing was decided."""
-    reply, slots = begun.reply, begun.slots
+    store, slots, asked, began = asking
     if type(reply) is not Taken:
-        limiter.note(begun, reply, begun.began)
+        limiter.note(store, slots, reply, began)
         return False
-    peaks.seen(begun.store, slots, reply.in_flight)
-    if False in reply.held:
+    counts = reply.in_flight
+    peaks.seen(store, slots, counts)
+    told = asked, counts
+    if False in reply.held or not lease.confirm_at_once(slots, told):
         return False
-    if not lease.confirm_at_once(slots, begun.asked, reply.in_flight):
-        return False
-    request.concurrency = all_held(begun.asked, reply.in_flight, lease)  # type: ignore[attr-defined]  # ours to set
+    request.concurrency = all_held(told, lease)  # type: ignore[attr-defined]  # ours to set
     return True
 
 
-def _announce(begun: Begun, request: HttpRequest) -> Steps[None]:
-    return limiter.announce(request, begun.asked, Verdict(request.concurrency))  # type: ignore[attr-defined]  # just set
+def _announce(asked: Sequence[Asked], request: HttpRequest) -> Steps[None]:
+    return limiter.announce(request, asked, Verdict(request.concurrency))  # type: ignore[attr-defined]  # just set

@@ -69,7 +69,9 @@ class Config:
         if found is None:
             if len(self.plans) >= MOST_PLANS:
                 self.plans.clear()
-            found = self.plans[policies] = Plan(policies, self.trusted, self.client_header)
+            found = self.plans[policies] = Plan(
+                policies, self.trusted, self.client_header, tells=self.headers == "always"
+            )
         return found
 
 

@@ -192,18 +192,21 @@ def _taken(name: str) -> str:
 class _Guard:
     """One decorated view: takes the slot, calls the view, and owns the slot's end where no middleware does."""
 
-    __slots__ = ("_awaited", "_instance", "_limit", "_name", "_number", "_view")
+    __slots__ = ("_awaited", "_instance", "_is_dispatch", "_known", "_limit", "_name", "_number", "_view")
 
     def __init__(self, limit: Limit, view: Callable[..., Any], number: int) -> None:
         self._limit, self._view, self._number = limit, view, number
         self._instance = instance_of(view)
+        self._is_dispatch = getattr(view, "__name__", "") == "dispatch"
         self._name: str | None = None
+        #: Of a function: the policy, and the configuration that it is of.
+        self._known: tuple[conf.Config, Policy] | None = None
         self._awaited = False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of a view that is no coroutine function."""
         request, instance = _request_of(args, kwargs)
-        if self._is_awaited(instance):
+        if self._awaited or (self._is_dispatch and self._is_awaited(instance)):
             return self.acall(args, kwargs)
         turn = self._turn(request, instance)
         if turn is None:
@@ -214,7 +217,7 @@ class _Guard:
             response = admit(request, lease, (policy,), _url_kwargs(request, kwargs), config)
             if response is None:
                 response = self._view(*args, **kwargs)
-            if isawaitable(response):
+            if not isinstance(response, HttpResponseBase) and isawaitable(response):
                 self._awaited = True
                 return _later(request, lease, response) if shares else response
         except BaseException:
@@ -222,7 +225,8 @@ class _Guard:
                 lease.release()
             raise
         if shares and leave(request, lease):
-            conclude(request, response, lease)
+            if lease.tells:
+                conclude(request, response, lease)
             finish(lease, response)
         return response
 
@@ -244,13 +248,11 @@ class _Guard:
         return await _awaited(self._view(*args, **kwargs)) if response is None else response
 
     def _is_awaited(self, instance: object | None) -> bool:
-        """Has this plain function to answer with something to await, a rejection included?
+        """Has this `dispatch` to answer with something to await, a rejection included?
 
-        `View.dispatch` has in an asynchronous class. Of others only their first answer tells. Where they are called says
-        nothing: async_to_sync calls outside its loop, and a plain view may be called on one.
+        `View.dispatch` has in an asynchronous class. Of other plain functions only their first answer tells. Where they are
+        called says nothing: async_to_sync calls outside its loop, and a plain view may be called on one.
         """
-        if self._awaited or getattr(self._view, "__name__", "") != "dispatch":
-            return self._awaited
         return bool(getattr(type(self._instance if instance is None else instance), "view_is_async", False))
 
     def _turn(self, request: HttpRequest, instance: Any) -> tuple[conf.Config, Policy] | None:
@@ -260,10 +262,13 @@ class _Guard:
             request.concurrency = NOT_LIMITED  # type: ignore[attr-defined]  # ours to set
         if not config.enabled:
             return None
-        policy = self._limit.policy(self._default_name(instance), config)
-        if policy.methods is not None and request.method not in policy.methods:
-            return None
-        return config, policy
+        turn = self._known
+        if turn is None or turn[0] is not config:
+            turn = config, self._limit.policy(self._default_name(instance), config)
+            if instance is None and self._instance is None:
+                self._known = turn
+        methods = turn[1].methods
+        return None if methods is not None and request.method not in methods else turn
 
     def _default_name(self, instance: object | None) -> str:
         instance = self._instance if instance is None else instance
@@ -300,7 +305,8 @@ async def _to_its_end(request: HttpRequest, lease: Lease, answer: Awaitable[Any]
             lease.release()
         raise
     if leave(request, lease):
-        conclude(request, response, lease)
+        if lease.tells:
+            conclude(request, response, lease)
         await afinish(lease, response)
     return response
 
@@ -323,6 +329,8 @@ def _later(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Corout
 
 def _request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[HttpRequest, object | None]:
     """The request, and the instance where the first argument is one (a method decorated as it is)."""
+    if args and isinstance(args[0], HttpRequest):
+        return args[0], None
     for position, argument in enumerate(args[:2]):
         if isinstance(argument, HttpRequest):
             return argument, args[0] if position else None

@@ -84,16 +84,19 @@ def _known(store: Any) -> StoreFailed | None:
 # -- threads --------------------------------------------------------------------------------------------------------
 
 
-def take(effect: Take) -> TakeReply | StoreFailed:
+def take(store: Any, slots: Sequence[Slot]) -> TakeReply | StoreFailed:
     """Without steps, too."""
-    store = effect.store
     failure = store.failure
     if failure is not None:  # it is known to fail, so it is not asked
         return StoreFailed(failure, sent=False)
     try:
-        return store.take(effect.slots)  # type: ignore[no-any-return]  # of any store
+        return store.take(slots)  # type: ignore[no-any-return]  # of any store
     except Exception as error:
         return StoreFailed(error)
+
+
+def _take(effect: Take) -> TakeReply | StoreFailed:
+    return take(effect.store, effect.slots)
 
 
 def _queue(effect: Queue) -> QueueReply | StoreFailed:
@@ -161,12 +164,16 @@ def _wait(effect: Wait) -> None:
     effect.bell.wait(effect.seconds)
 
 
-def give(effect: Give) -> tuple[bool, ...] | StoreFailed:
+def give(store: Any, slots: Sequence[Slot]) -> tuple[bool, ...] | StoreFailed:
     """Without steps, too."""
     try:
-        return tuple(effect.store.give(effect.slots))
+        return tuple(store.give(slots))
     except Exception as error:
         return StoreFailed(error)
+
+
+def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    return give(effect.store, effect.slots)
 
 
 def _claim(effect: Claim) -> bool | StoreFailed:
@@ -194,9 +201,8 @@ def _notify(effect: Notify) -> None:
 # -- event loops ----------------------------------------------------------------------------------------------------
 
 
-async def atake(effect: Take) -> TakeReply | StoreFailed:
+async def atake(store: Any, slots: Sequence[Slot]) -> TakeReply | StoreFailed:
     """Without steps, too."""
-    store, slots = effect.store, effect.slots
     failure = store.failure
     if failure is not None:
         return StoreFailed(failure, sent=False)
@@ -206,6 +212,10 @@ async def atake(effect: Take) -> TakeReply | StoreFailed:
         return await _whole(store, slots, store.atake(slots))
     except Exception as error:
         return StoreFailed(error)
+
+
+async def _atake(effect: Take) -> TakeReply | StoreFailed:
+    return await atake(effect.store, effect.slots)
 
 
 async def _aqueue(effect: Queue) -> QueueReply | StoreFailed:
@@ -246,15 +256,18 @@ async def _whole(store: Any, slots: Sequence[Slot], call: Coroutine[Any, Any, T]
         raise
 
 
-async def agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
+async def agive(store: Any, slots: Sequence[Slot]) -> tuple[bool, ...] | StoreFailed:
     """Without steps, too."""
-    store, slots = effect.store, effect.slots
     try:
         if store.cancel_safe:
             return tuple(await store.agive(slots))
         return tuple(await asyncio.shield(_keep(store.agive(slots))))
     except Exception as error:
         return StoreFailed(error)
+
+
+async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
+    return await agive(effect.store, effect.slots)
 
 
 async def _aclaim(effect: Claim) -> bool | StoreFailed:
@@ -330,22 +343,22 @@ async def _swallowed(awaitable: Awaitable[Any]) -> None:
 
 
 _SYNC: dict[type[Effect[Any]], Callable[[Any], Any]] = {
-    Take: take,
+    Take: _take,
     Enter: _enter,
     Queue: _queue,
     Wait: _wait,
-    Give: give,
+    Give: _give,
     Claim: _claim,
     LoadUser: _load_user,
     Ask: _ask,
     Notify: _notify,
 }
 _ASYNC: dict[type[Effect[Any]], Callable[[Any], Coroutine[Any, Any, Any]]] = {
-    Take: atake,
+    Take: _atake,
     Enter: _aenter,
     Queue: _aqueue,
     Wait: _await,
-    Give: agive,
+    Give: _agive,
     Claim: _aclaim,
     LoadUser: _aload_user,
     Ask: _aask,

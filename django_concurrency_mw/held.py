@@ -35,15 +35,22 @@ class Held:
     announced = False
     #: When it wants to be renewed, or registered.
     due = NEVER
+    #: The token of the take that a stand-in stands for: it has one of its own, as that take is undone.
+    instead_of: str | None = None
 
-    def __init__(self, store: Any, policy: Policy, slot: Slot) -> None:
-        self.store, self.policy, self.slot = store, policy, slot
-        #: The token of the take that asked for it; a stand-in has one of its own, as that take is undone.
-        self.acquisition = slot.token
-        self.since = now = monotonic()
+    def __init__(self, store: Any, policy: Policy, slot: Slot, now: float | None = None) -> None:
+        """`now`: monotonic seconds."""
+        if now is None:
+            now = monotonic()
+        self.store, self.policy, self.slot, self.since = store, policy, slot, now
         self.ends = now + slot.ttl
         if policy.renew:
             self.due = now + slot.ttl * RENEW_AFTER
+
+    @property
+    def acquisition(self) -> str:
+        """The token of the take that asked for it."""
+        return self.instead_of or self.slot.token
 
     @property
     def in_store(self) -> bool:
@@ -70,6 +77,9 @@ class Holder(Protocol):
 
     def holds(self, held: Held) -> bool:
         """Is it still there, or was it given back?"""
+
+    def add(self, held: Sequence[Held]) -> None:
+        """It holds these too, from now on."""
 
 
 def by_store(held: Sequence[Held]) -> list[tuple[Any, list[Held]]]:

@@ -8,61 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import afresh, health, notices, renewals, signals
+from . import health, notices, renewals, signals, stand_ins
 from .backends.base import BaseBackend, age_of
 from .bells import Bell
 from .drivers import agive, arun, give, run
 from .effects import Give, Notify, Steps
 from .handover import pack
-from .held import NEVER, RENEW_AFTER, Held, by_store
+from .held import RENEW_AFTER, Held, by_store
 from .keeper import keeper
 from .outcomes import Asked, LimitField, PolicyResult, Slot, StoreFailed, remaining
 from .policies import Policy
-from .tokens import new_token
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
 logger = logging.getLogger("django_concurrency_mw")
 
-#: Seconds after which a stand-in is registered with its store, if that works again by then.
-REGISTER_AFTER = 0.1
-#: Serialises the counting of `Lease.stand_in`, which looks at all leases of the process. An RLock: a garbage collection inside
-#: may end a stream, whose own code may come back here.
-_counting = threading.RLock()
-#: id -> what this process holds in a store's stead; those that are over are dropped at the next look.
-_stand_ins: dict[int, tuple[Lease, Held]] = {}
-#: Not empty while somebody counts.
-_standing_in: list[bool] = []
+#: What a store says of one slot that was held to this moment.
+_ONE_GIVEN = (True,)
 
 
-def _forked() -> None:
-    global _counting
-    _counting = threading.RLock()  # a thread that is not in the child may have held it
-    _stand_ins.clear()
-    _standing_in.clear()
-
-
-@contextlib.contextmanager
-def _marked() -> Iterator[None]:
-    _standing_in.append(True)
-    try:
-        yield
-    finally:
-        _standing_in.pop()
-
-
-afresh.begin_with(_forked)
 keeper.renew_with(renewals.renew)
 health.before_recovery(renewals.recount)
 
@@ -79,17 +52,23 @@ class Lease:
     _bells: tuple[Bell, ...] = ()
     #: What a store is just being asked for, or waited for; empty where nothing is.
     _asked: Sequence[Slot] = ()
+    #: What was asked for last, as it stands in the lease.
+    _new: tuple[Held, ...] = ()
     #: Of what was taken at once: what was asked for, and the counts, until somebody wants to know.
     _at_once: tuple[Sequence[Asked], Sequence[int]] | None = None
     #: Since then all was given back: the semaphores may be asked again.
     _given_back = False
+    #: HEADERS say `always`: the response is to have RateLimit fields.
+    tells = False
+    _fields: tuple[LimitField, ...] = ()
+    _results: dict[tuple[str, bytes], PolicyResult] | None = None
+    _request: Callable[[], HttpRequest | None] = staticmethod(lambda: None)
 
     def __init__(self, request: HttpRequest | None = None) -> None:
         self._held: list[Held] = []
         self._epoch = keeper.epoch
-        self._request: Callable[[], HttpRequest | None] = _nobody if request is None else weakref.ref(request)
-        self._fields: tuple[LimitField, ...] = ()
-        self._results: dict[tuple[str, bytes], PolicyResult] | None = None
+        if request is not None:
+            self._request = weakref.ref(request)
 
     def __bool__(self) -> bool:
         """Is there anything to give back?"""
@@ -139,30 +118,35 @@ class Lease:
         """These slots, one for each policy, may be held from now on."""
         self.is_new = False
         self._asked = slots
-        due = NEVER
-        for policy, slot in zip(policies, slots):  # noqa: B905  # strict is slow
-            held = Held(store, policy, slot)
-            self._held.append(held)
-            if held.due < due:
-                due = held.due
-        keeper.watch(self, due)
+        now = monotonic()
+        self._new = tuple([Held(store, policy, slot, now) for policy, slot in zip(policies, slots, strict=True)])
+        self._held += self._new
+        keeper.watch(self, min([held.due for held in self._new]))
 
-    def confirm_at_once(self, slots: Sequence[Slot], asked: Sequence[Asked], counts: Sequence[int]) -> bool:
-        """All of these are held, and there is nothing more to it. False: there is, and nothing was decided."""
-        known = list(self._held)
-        if len(known) != len(slots):
+    def expect_one(self, store: Any, policy: Policy, slots: tuple[Slot], now: float) -> None:
+        """`expect`, of one slot and at a time that is known (monotonic seconds), as nearly always."""
+        self.is_new = False
+        self._asked = slots
+        held = Held(store, policy, slots[0], now)
+        self._new = (held,)
+        self._held.append(held)
+        keeper.watch(self, held.due)
+
+    def confirm_at_once(self, slots: Sequence[Slot], told: tuple[Sequence[Asked], Sequence[int]]) -> bool:
+        """All of these are held, and there is nothing more to it; `told` is what was asked for, and the counts. False: there is
+        more, and nothing was decided."""
+        new = self._new
+        if self._asked is not slots or tuple(self._held) != new:  # somebody has taken more, or given back
             return False
-        for one, slot in zip(known, slots):  # noqa: B905  # just compared
-            if one.slot is not slot:
-                return False
+        for one in new:
             one.confirmed = True
-        if self.uncounted(known[0].store, slots):
+        if (stand_ins.known or stand_ins.being_counted) and self.uncounted(new[0].store, slots):
             return False
-        for one in known:
+        for one in new:
             one.announced = True
         self._asked = ()
         self._given_back = False
-        self._at_once = (asked, counts)
+        self._at_once = told
         return True
 
     def confirm(self, asked: Sequence[Slot], got: Sequence[Slot]) -> bool:
@@ -222,8 +206,7 @@ class Lease:
     def give_up(self) -> None:
         """Nobody is there any more for whom it is worth waiting: who stands in line for it leaves."""
         self.given_up = True
-        for bell in self._bells:
-            bell.ring()
+        self._ring()
 
     def _sleeps_no_more(self, bell: Bell) -> None:
         self._bells = tuple([other for other in self._bells if other is not bell])
@@ -245,37 +228,17 @@ class Lease:
             self._held.remove(held)
 
     def uncounted(self, store: Any, slots: Sequence[Slot]) -> tuple[int, ...]:
-        """How many of each semaphore this process holds in the store's stead, which the store does not count; empty where
-        there is none. Asked after `confirm`, so that of a take and a stand-in at the same time one sees the other."""
-        if not _stand_ins and not _standing_in:
-            return ()
-        with _counting:
-            _prune()
-            asked = {held.slot.semaphore: held.since for held in self._of(slots)}
-            standing = [
-                held.slot
-                for _, held in _stand_ins.values()
-                if held.store is store and (held.local or held.registered >= asked.get(held.slot.semaphore, 0.0))
-            ]
-            if not standing:
-                return ()
-            return tuple(sum(one.cost for one in standing if one.semaphore == slot.semaphore) for slot in slots)
+        """See `stand_ins.uncounted`."""
+        return stand_ins.uncounted(self, store, slots)
 
     def stand_in(self, store: Any, policies: Sequence[Policy], slots: Sequence[Slot]) -> tuple[bool, tuple[int, ...]]:
-        """The store failed: count what this process itself holds there, in the store and in its stead."""
-        with _counting, _marked():
-            _prune()
-            counts = {slot.semaphore: 0 for slot in slots}
-            for held in _all_held():
-                if held.confirmed and held.store is store and held.slot.semaphore in counts:
-                    counts[held.slot.semaphore] += held.slot.cost
-            if any(counts[slot.semaphore] + slot.cost > slot.limit for slot in slots):
-                return False, tuple(counts[slot.semaphore] for slot in slots)
-            new = [_instead(store, policy, slot) for policy, slot in zip(policies, slots, strict=True)]
-            self._held += new
-            _stand_ins.update((id(held), (self, held)) for held in new)
-            keeper.watch(self, min(held.due for held in new))
-            return True, tuple(counts[slot.semaphore] + slot.cost for slot in slots)
+        """See `stand_ins.stand_in`."""
+        return stand_ins.stand_in(self, store, policies, slots)
+
+    def add(self, held: Sequence[Held]) -> None:
+        """It holds these too, from now on."""
+        self._held += held
+        keeper.watch(self, min([one.due for one in held]))
 
     # -- handing over ---------------------------------------------------------------------------------------
 
@@ -326,35 +289,38 @@ class Lease:
 
     def release(self) -> None:
         """Give everything back from a thread (or an event loop, where the store's call is short). Never raises."""
-        if not self._held:
+        popped = self._pop_all()
+        if not popped:
             return
-        popped = self._pop(None)
         try:
-            plain = self._in_plain(popped)
-            if plain is None:
+            slots = self._in_plain(popped)
+            if slots is None:
                 run(self._steps(popped, all_of_it=True))
                 return
-            reply = give(plain)
+            reply = give(popped[0].store, slots)
         except BaseException:  # nobody has these slots any more but us
             self._give_later(popped)
             raise
-        self._given_plainly(popped, reply)
+        if reply != _ONE_GIVEN or popped[0].lost or popped[0].ends < monotonic():
+            self._given_plainly(popped, reply)
 
     async def arelease(self) -> None:
         """Give everything back on an event loop. Never raises but for a cancel."""
-        if not self._held:
+        popped = self._pop_all()
+        if not popped:
             return
-        popped = self._pop(None)
         try:
-            plain = self._in_plain(popped)
-            if plain is None:
+            slots = self._in_plain(popped)
+            if slots is None:
                 await arun(self._steps(popped, all_of_it=True))
                 return
-            reply = give(plain) if plain.store.never_waits else await agive(plain)
+            store = popped[0].store
+            reply = give(store, slots) if store.never_waits else await agive(store, slots)
         except BaseException:
             self._give_later(popped)
             raise
-        self._given_plainly(popped, reply)
+        if reply != _ONE_GIVEN or popped[0].lost or popped[0].ends < monotonic():
+            self._given_plainly(popped, reply)
 
     def announce(self, token: str) -> None:
         """What this acquisition holds is told of, now and when it is given back."""
@@ -363,22 +329,24 @@ class Lease:
 
     def steps_to_give(self, token: str | None = None) -> Steps[None]:
         """Give everything back, or what one acquisition took, by its token."""
-        yield from self._steps(self._pop(token), all_of_it=token is None)
+        yield from self._steps(self._pop_all() if token is None else self._pop(token), all_of_it=token is None)
 
-    def _in_plain(self, popped: Sequence[Held]) -> Give | None:
-        """The one effect that giving these back takes, as nearly always; None where it takes steps."""
-        store = popped[0].store if popped else None
+    def _in_plain(self, popped: Sequence[Held]) -> Sequence[Slot] | None:
+        """What their one store is to be given back, as nearly always; None where it takes steps."""
         if signals.slot_released.receivers or self._epoch is not keeper.epoch:
             return None
+        store = popped[0].store
         slots = []
         for held in popped:
-            if held.store is not store or held.local or not held.confirmed:
+            if held.local or not held.confirmed or held.store is not store:
                 return None
             slots.append(held.slot)
-        if store is None:
-            return None
-        self._forget(all_of_it=True)
-        return Give(store, tuple(slots))
+        self._results, self._given_back = None, True
+        if self._bells:
+            self._ring()
+        if not self._held:
+            keeper.forget(self)
+        return slots
 
     def _give_later(self, popped: Sequence[Held]) -> None:
         if self._epoch is keeper.epoch:  # they are not a parent's
@@ -387,10 +355,14 @@ class Lease:
     def _forget(self, *, all_of_it: bool) -> None:
         if all_of_it:
             self._results, self._given_back = None, True
-            for bell in self._bells:  # who waits for what is given back waits for nothing
-                bell.ring()
+            self._ring()
         if not self._held:
             keeper.forget(self)
+
+    def _ring(self) -> None:
+        """Who waits for what is given back waits for nothing."""
+        for bell in self._bells:
+            bell.ring()
 
     def _steps(self, popped: Sequence[Held], *, all_of_it: bool) -> Steps[None]:
         groups = by_store(popped)
@@ -458,48 +430,24 @@ class Lease:
             },
         )
 
-    def _pop(self, token: str | None) -> list[Held]:
+    def _pop(self, token: str) -> list[Held]:
         taken: list[Held] = []
-        if token is not None:
-            for held in [held for held in list(self._held) if held.acquisition == token]:
-                try:
-                    self._held.remove(held)
-                except ValueError:  # another thread gives back too
-                    continue
-                taken.append(held)
-            return taken
+        for held in [held for held in list(self._held) if held.acquisition == token]:
+            try:
+                self._held.remove(held)
+            except ValueError:  # another thread gives back too
+                continue
+            taken.append(held)
+        return taken
+
+    def _pop_all(self) -> list[Held]:
+        taken: list[Held] = []
         while self._held:
             try:
                 taken.append(self._held.pop())
             except IndexError:  # another thread gives back too
                 break
         return taken
-
-
-def _instead(store: Any, policy: Policy, slot: Slot) -> Held:
-    """Counted here in the store's stead. Its token is another one, as the take that failed is still to be undone."""
-    held = Held(store, policy, slot)
-    held.slot = replace(slot, token=new_token(), memo=[])
-    held.confirmed = held.local = True
-    held.due = held.since + REGISTER_AFTER
-    return held
-
-
-def _prune() -> None:
-    """Forget who has ended, and who has been registered for longer than any take is under way."""
-    for number, (lease, held) in list(_stand_ins.items()):
-        if not lease.holds(held) or held.registered < monotonic() - 60:
-            _stand_ins.pop(number, None)
-
-
-def _nobody() -> None:
-    return None
-
-
-def _all_held() -> Iterator[Held]:
-    for lease in keeper.live():
-        if isinstance(lease, Lease):
-            yield from list(lease._held)
 
 
 def _give_later(group: Sequence[Held]) -> None:

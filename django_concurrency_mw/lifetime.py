@@ -13,22 +13,32 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.http import StreamingHttpResponse
+from django.http import (
+    HttpResponse,
+    HttpResponseForbidden,
+    HttpResponseNotFound,
+    HttpResponseRedirect,
+    JsonResponse,
+    StreamingHttpResponse,
+)
 from django.http.response import HttpResponseBase
 
 from .keeper import keeper
 from .lease import Lease
 
+#: Of these kinds a response has ended when it is made; of others that has to be looked at.
+ENDED = frozenset({HttpResponse, JsonResponse, HttpResponseRedirect, HttpResponseNotFound, HttpResponseForbidden})
+
 
 def finish(lease: Lease, response: HttpResponseBase) -> None:
     """Give back now, or at the response's end; from a thread."""
-    if not _bound(lease, response):
+    if type(response) in ENDED or not _bound(lease, response):
         lease.release()
 
 
 async def afinish(lease: Lease, response: HttpResponseBase) -> None:
     """Give back now, or at the response's end; on an event loop."""
-    if not _bound(lease, response):
+    if type(response) in ENDED or not _bound(lease, response):
         await lease.arelease()
 
 

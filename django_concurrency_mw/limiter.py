@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from django.core.exceptions import ImproperlyConfigured
 from django.http.response import HttpResponseBase
 
-from . import conf, health, peaks, rejection, signals
+from . import health, peaks, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
 from .effects import Notify, Queue, Steps, Take
@@ -27,6 +27,7 @@ from .outcomes import (
     KeyMissing,
     PolicyResult,
     Reason,
+    Slot,
     StoreFailed,
     Taken,
     Verdict,
@@ -143,6 +144,7 @@ def decide(
 ) -> Steps[Verdict | None]:
     """`admit` without an answer, for those who have their own. None where no policy applies."""
     stores = {policy.backend: store_of(policy, config) for policy in policies}
+    lease.tells = config.headers == "always"
     asking: Sequence[Asked | KeyMissing]
     if begun is not None:
         asking, token = begun.asked, begun.slots[0].token
@@ -195,7 +197,7 @@ def _is_of_a_thread(request: HttpRequest) -> bool:
 def conclude(request: HttpRequest, response: object, lease: Lease) -> None:
     """The request has its response: adds the RateLimit fields where HEADERS says `always`. Gives back if it cannot."""
     try:
-        if conf.current().headers == "always" and lease.fields and isinstance(response, HttpResponseBase):
+        if lease.tells and lease.fields and isinstance(response, HttpResponseBase):
             rejection.add_fields_where_private(request, response, lease.fields)
     except BaseException:
         lease.release()
@@ -227,19 +229,19 @@ def _watched(steps: Steps[Verdict]) -> Steps[Verdict]:
                 effect = steps.throw(error)
             else:
                 if type(effect) is Take or type(effect) is Queue:
-                    note(effect, reply, began)
+                    note(effect.store, effect.slots, reply, began)
                 effect = steps.send(reply)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # a generator's return value is untyped here
 
 
-def note(effect: Take | Queue, reply: Any, began: float) -> None:
+def note(store: BaseBackend, slots: Sequence[Slot], reply: Any, began: float) -> None:
     """What a reply says of its store's health, and of what is in flight there. `began`: when it was asked."""
     kind = type(reply)
     if kind is Taken or kind is Full:
-        peaks.seen(effect.store, effect.slots, reply.in_flight)
+        peaks.seen(store, slots, reply.in_flight)
     elif kind is StoreFailed and reply.sent:
-        health.failed(effect.store, reply.error, began)
+        health.failed(store, reply.error, began)
 
 
 Known = dict[str, PolicyResult]

@@ -58,8 +58,9 @@ class ConcurrencyLimitMiddleware:
             _abort(request)
             raise
         request._concurrency_ended = True  # type: ignore[attr-defined]
-        if getattr(request, LEASE, None) is not None and (lease := end(request)) is not None:
-            conclude(request, response, lease)
+        if getattr(request, LEASE, None) is not None and (lease := request.__dict__.pop(LEASE, None)) is not None:
+            if lease.tells:
+                conclude(request, response, lease)
             finish(lease, response)
         return response
 
@@ -75,9 +76,10 @@ class ConcurrencyLimitMiddleware:
         except BaseException:
             _abort(request)
             raise
-        lease = end(request)
-        if lease is not None:
-            conclude(request, response, lease)
+        request._concurrency_ended = True  # type: ignore[attr-defined]
+        if getattr(request, LEASE, None) is not None and (lease := request.__dict__.pop(LEASE, None)) is not None:
+            if lease.tells:
+                conclude(request, response, lease)
             await afinish(lease, response)
         return response
 
@@ -112,10 +114,11 @@ def _abort(request: HttpRequest) -> None:
 
 def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Config) -> tuple[Policy, ...]:
     """What is to be taken here: nothing where the view's own throttle takes it."""
+    match = request.resolver_match
+    if type(view) is FunctionType and not view.__dict__ and match is not None and config.enabled:
+        return config.table.match(match.view_name, request.method or "")  # nothing marks it, and it is nobody's class
     policies = policies_of(request, view, config)
-    if not policies or (type(view) is FunctionType and not view.__dict__):  # which is nobody's class
-        return policies
-    return () if throttles_itself(view) else policies
+    return () if policies and throttles_itself(view) else policies
 
 
 def is_ours(cls: type) -> bool:

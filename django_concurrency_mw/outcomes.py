@@ -219,11 +219,11 @@ def remaining(asked: Sequence[Asked], counts: Sequence[int]) -> tuple[LimitField
     )
 
 
-def all_held(asked: Sequence[Asked], counts: Sequence[int], lease: Owner) -> Concurrency:
-    """Everything that was asked for is held. Most views never look at it, so what it says is made when one does."""
+def all_held(told: tuple[Sequence[Asked], Sequence[int]], lease: Owner) -> Concurrency:
+    """All that was asked for is held, with these counts. Most views never look at it, so what it says is made when one does."""
     made = _new(Concurrency)
     _set(made, "_lease", lease)
-    _set(made, "_taken", (asked, counts))
+    _set(made, "_taken", told)
     return made
 
 
@@ -242,6 +242,24 @@ class Asked:
     #: None: counted, never full.
     limit: int | None
     cost: int = 1
+
+    def slot(self, token: str, path: str) -> Slot:
+        """What a store is asked for. Made by hand, as each request makes one: that takes half the time."""
+        policy, slot = self.policy, _new(Slot)
+        ttl, longest = policy.ttl, policy.max_age
+        slot.policy = policy.name
+        slot.key = self.key
+        slot.limit = UNLIMITED if self.limit is None else self.limit
+        slot.ttl = ttl if longest is None or longest >= ttl else longest  # as `lease_seconds`
+        slot.token = token
+        slot.block = policy.block
+        slot.path = path
+        slot.cost = self.cost
+        slot.waits = policy.wait > 0
+        slot.since = time()
+        slot.waited = 0.0
+        slot.memo = []
+        return slot
 
 
 @dataclass(frozen=True, slots=True)

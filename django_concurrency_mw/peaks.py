@@ -34,10 +34,6 @@ _NOTHING: Final[Mapping[str, int]] = {}
 def seen(store: BaseBackend, slots: Sequence[Slot], in_flight: Sequence[int]) -> None:
     """A take's reply: this much is in flight on the semaphore of each slot. Never raises, never waits for a store."""
     most = _most.get(id(store), _NOTHING)
-    if len(slots) == 1:  # as nearly always, and in half the time
-        if in_flight[0] > most.get(slots[0].policy, 0):
-            _keep(store, slots[0].policy, in_flight[0])
-        return
     for slot, count in zip(slots, in_flight):  # noqa: B905  # strict is slow
         if count > most.get(slot.policy, 0):
             _keep(store, slot.policy, count)

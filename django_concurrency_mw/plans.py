@@ -35,10 +35,13 @@ _attributes = object.__getattribute__
 class Plan:
     """Some policies that are asked together, always in this order."""
 
-    __slots__ = ("_readers", "asked", "backend", "waits")
+    __slots__ = ("_readers", "asked", "backend", "tells", "waits")
 
-    def __init__(self, policies: Sequence[Policy], trusted: TrustedProxies, header: str) -> None:
-        """`header` is the META key of the forwarding header."""
+    def __init__(
+        self, policies: Sequence[Policy], trusted: TrustedProxies, header: str, *, tells: bool = False
+    ) -> None:
+        """`header` is the META key of the forwarding header; `tells`: see `Lease`."""
+        self.tells = tells
         backends = {policy.backend for policy in policies}
         readers = [_reader(policy, trusted, header) for policy in policies]
         self._readers = tuple(filter(None, readers))

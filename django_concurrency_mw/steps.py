@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .effects import Give, Steps, Take
 from .outcomes import (
-    UNLIMITED,
     Asked,
     Concurrency,
     Full,
@@ -78,13 +77,20 @@ class Ledger(Waiting, Protocol):
 
 
 class Begun(Take):
-    """A take that was asked for at once, at this monotonic second; and the reply, when it is there."""
+    """A take that was asked for at once, at the monotonic second `began`, and its reply."""
 
     __slots__ = ("asked", "began", "reply")
-    reply: TakeReply | StoreFailed
 
-    def __init__(self, store: Any, slots: tuple[Slot, ...], asked: Sequence[Asked], began: float) -> None:
-        self.store, self.slots, self.asked, self.began = store, slots, asked, began
+    def __init__(
+        self,
+        store: Any,
+        slots: tuple[Slot, ...],
+        asked: Sequence[Asked],
+        reply: TakeReply | StoreFailed,
+        began: float,
+    ) -> None:
+        super().__init__(store, slots)
+        self.asked, self.reply, self.began = asked, reply, began
 
 
 @dataclass(slots=True)
@@ -172,28 +178,9 @@ def acquire(
 
 def expected(store: Any, group: Sequence[Asked], lease: Ledger, token: str, path: str) -> tuple[Slot, ...]:
     """What to ask for; from now on the lease may hold it."""
-    if len(group) == 1:  # as nearly always, and in less time
-        slots: tuple[Slot, ...] = (_slot(group[0], token, path),)
-        lease.expect(store, (group[0].policy,), slots)
-    else:
-        slots = tuple([_slot(entry, token, path) for entry in group])
-        lease.expect(store, [entry.policy for entry in group], slots)
+    slots = tuple([entry.slot(token, path) for entry in group])
+    lease.expect(store, [entry.policy for entry in group], slots)
     return slots
-
-
-def _slot(entry: Asked, token: str, path: str) -> Slot:
-    policy, limit = entry.policy, entry.limit
-    return Slot(
-        policy.name,
-        entry.key,
-        UNLIMITED if limit is None else limit,
-        lease_seconds(policy),
-        token,
-        policy.block,
-        path,
-        entry.cost,
-        policy.wait > 0,
-    )
 
 
 def failed(lease: Ledger, slots: Sequence[Slot], reply: StoreFailed, *, in_doubt: bool = False) -> None:

@@ -14,7 +14,7 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import Client, RequestFactory, override_settings
 from django.urls import path
 
-from django_concurrency_mw import backends, concurrency_limit, health, lease, rejection, signals
+from django_concurrency_mw import backends, concurrency_limit, health, rejection, signals, stand_ins
 from django_concurrency_mw.backends.memory import MemoryBackend
 
 from .asgi_driver import Exchange
@@ -174,7 +174,7 @@ def test_released_is_told_of_what_acquired_was_told_of(limits: Limits) -> None:
     "lock",
     [
         lambda: rejection._sampled._lock,
-        lambda: lease._counting,
+        lambda: stand_ins._counting,
         lambda: health._changing,
         lambda: backends._making,
     ],

@@ -389,7 +389,7 @@ class TestOneKeyOfAnotherType:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(
-            "django_concurrency_mw.lease.REGISTER_AFTER", NEVER
+            "django_concurrency_mw.stand_ins.REGISTER_AFTER", NEVER
         )  # what cannot be registered is an error of its own
         store = made(server.url)
         assert site.state(store) == "held"

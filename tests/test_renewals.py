@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from django.test import RequestFactory
 
-from django_concurrency_mw import drivers, health, notices, renewals, signals
+from django_concurrency_mw import drivers, health, notices, renewals, signals, stand_ins
 from django_concurrency_mw import held as held_module
-from django_concurrency_mw import lease as lease_module
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.backends.base import RESTORE_WITHIN, Restore
 from django_concurrency_mw.backends.memory import MemoryBackend
@@ -28,10 +27,11 @@ from django_concurrency_mw.held import NEVER, Held
 from django_concurrency_mw.keeper import keeper
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.keyspec import parse_key
-from django_concurrency_mw.lease import REGISTER_AFTER, Lease
+from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.outcomes import Asked, Slot, TakeReply
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.renewals import renew
+from django_concurrency_mw.stand_ins import REGISTER_AFTER
 from django_concurrency_mw.steps import acquire
 from django_concurrency_mw.tokens import new_token
 
@@ -114,7 +114,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 def _by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     notices.forget()
     monkeypatch.setattr(health, "PROBE_EVERY", 0.02)
-    monkeypatch.setattr(lease_module, "REGISTER_AFTER", 3600)  # a test says when
+    monkeypatch.setattr(stand_ins, "REGISTER_AFTER", 3600)  # a test says when
 
 
 def policy(name: str = "p", limit: int = 5, **fields: Any) -> Policy:
@@ -363,7 +363,7 @@ class TestAStandIn:
         assert released == [True]
 
     def test_within_a_moment_by_the_keeper(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lease_module, "REGISTER_AFTER", REGISTER_AFTER)
+        monkeypatch.setattr(stand_ins, "REGISTER_AFTER", REGISTER_AFTER)
         lease = stand_in(store, policy())
         assert wait_until(lambda: not only(lease).local)
         assert store.tokens() == [only(lease).slot.token]

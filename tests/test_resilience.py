@@ -18,8 +18,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from asgiref.sync import sync_to_async
 
-from django_concurrency_mw import drivers, health, limiter, notices, renewals, signals
-from django_concurrency_mw import lease as leases
+from django_concurrency_mw import drivers, health, limiter, notices, renewals, signals, stand_ins
 from django_concurrency_mw.backends import BackendConfig, BaseBackend
 from django_concurrency_mw.backends.base import Restore
 from django_concurrency_mw.backends.memory import MemoryBackend
@@ -135,7 +134,7 @@ def _clean_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert wait_until(lambda: all(store.failure is None for store in _made))
     assert wait_until(lambda: not debts_of(*_made))
     _made.clear()
-    leases._stand_ins.clear()
+    stand_ins.known.clear()
 
 
 Connect = Callable[..., RedisBackend]
@@ -246,7 +245,7 @@ def test_stand_ins_that_have_ended_are_not_kept() -> None:
         lease, verdict = enter(store, policy(limit=1))
         assert state(verdict) == "local"
         lease.release()
-    assert len(leases._stand_ins) == 1  # the last one, which the next look drops
+    assert len(stand_ins.known) == 1  # the last one, which the next look drops
 
 
 def test_a_take_that_was_not_sent_is_not_given_back() -> None:
@@ -274,12 +273,12 @@ def test_a_driver_says_that_nothing_was_sent() -> None:
         return reply.sent
 
     async def on_a_loop() -> object:
-        return await drivers.atake(effect)
+        return await drivers.atake(effect.store, effect.slots)
 
-    assert says_sent(drivers.take(effect))
+    assert says_sent(drivers.take(effect.store, effect.slots))
     assert says_sent(run_async(on_a_loop))
     health.failed(store, BackendError("down"), monotonic())
-    assert not says_sent(drivers.take(effect))
+    assert not says_sent(drivers.take(effect.store, effect.slots))
     assert not says_sent(run_async(on_a_loop))
 
 
@@ -648,16 +647,16 @@ def test_a_garbage_collection_may_ask_while_it_is_counted(monkeypatch: pytest.Mo
         cycle: list[Any] = [unfinished]
         cycle.append(cycle)
 
-    real = leases._all_held
+    real = stand_ins._all_held
     marks: list[int] = []
 
     def collecting() -> Iterator[Held]:
         gc.collect()
-        marks.append(len(leases._standing_in))
+        marks.append(len(stand_ins.being_counted))
         return real()
 
     enter(store, policy("first"))
-    monkeypatch.setattr(leases, "_all_held", collecting)
+    monkeypatch.setattr(stand_ins, "_all_held", collecting)
     outer: list[tuple[Lease, Verdict]] = []
     gc.disable()  # nobody else's collection may come first
     leave_garbage()

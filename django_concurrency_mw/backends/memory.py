@@ -95,8 +95,10 @@ class MemoryBackend(BaseBackend):
                 if entrance.depth == 1:
                     if self._late:
                         self._drop_late()
-                    alone = len(slots) == 1 and not self._lines.waiting
-                    reply = self._take_one(slots[0], now) if alone else self._take_all(slots, now)
+                    if len(slots) != 1 or self._lines.waiting:
+                        reply = self._take_all(slots, now)
+                    else:
+                        reply = self._take_one(slots[0], now)
                     if self._late:
                         self._drop_late()
                     return reply
@@ -106,24 +108,24 @@ class MemoryBackend(BaseBackend):
 
     def _take_one(self, slot: Slot, now: float) -> TakeReply:
         """Nobody waits for anything."""
-        name, cost = (slot.policy, slot.key.digest), slot.cost
-        semaphore = self._semaphores.get(name)
+        name, token, count = (slot.policy, slot.key.digest), slot.token, slot.cost
+        known = self._semaphores
+        semaphore = known.get(name)
         if semaphore is None:
-            if cost > slot.limit:
+            if count > slot.limit:
                 return _answer(slot, False, 0)
-            semaphore = self._semaphores[name] = Semaphore()
-            if len(self._semaphores) > self._most:
-                self._most = len(self._semaphores)
-            count = cost
+            semaphore = known[name] = Semaphore()
+            if len(known) > self._most:
+                self._most = len(known)
         else:
-            count = semaphore.total() + cost
-            if count > slot.limit or slot.token in semaphore:
+            count += semaphore.total()
+            if count > slot.limit or token in semaphore:
                 return self._take_all((slot,), now)
         ends = now + slot.ttl
-        if cost == 1:
-            semaphore[slot.token] = Held(slot, now, ends)
+        if slot.cost == 1:
+            semaphore[token] = Held(slot, now, ends)
         else:
-            semaphore.add(slot.token, Held(slot, now, ends))
+            semaphore.add(token, Held(slot, now, ends))
         if ends < semaphore.earliest:
             semaphore.earliest = ends
         return _ALONE[count] if count < len(_ALONE) else Taken((True,), (count,))
@@ -162,10 +164,11 @@ class MemoryBackend(BaseBackend):
                 if entrance.depth > 1:
                     self._late.extend(slots)
                     return [True] * len(slots)
-                if self._lines.waiting:
+                if len(slots) != 1 or self._lines.waiting:
                     given = self._drop([(slot.semaphore, slot.token) for slot in slots])
                 else:
-                    given = [self._free((slot.policy, slot.key.digest), slot.token) for slot in slots]
+                    slot = slots[0]
+                    given = [self._free((slot.policy, slot.key.digest), slot.token)]
                 if self._late:
                     self._drop_late()
                 return given
@@ -404,10 +407,16 @@ class MemoryBackend(BaseBackend):
         semaphore = self._semaphores.get(name)
         if semaphore is None:
             return False
-        held = semaphore.remove(token)
+        held = semaphore.get(token)
+        if held is None:
+            return False
+        if held.cost == 1:
+            del semaphore[token]
+        else:
+            semaphore.remove(token)
         if not semaphore:
             self._discard(name)
-        return held is not None and held.ends > monotonic()
+        return held.ends > monotonic()
 
     def _discard(self, name: tuple[str, bytes]) -> None:
         del self._semaphores[name]
