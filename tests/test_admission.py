@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import fields
 from ipaddress import ip_network
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +28,10 @@ from django_concurrency_mw.keys import Resolver, make_key
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import begin
-from django_concurrency_mw.outcomes import Concurrency, Slot
+from django_concurrency_mw.outcomes import UNLIMITED, Asked, Concurrency, Slot
 from django_concurrency_mw.plans import LONGEST_KNOWN, MOST_KNOWN, Plan
 from django_concurrency_mw.policies import Policy
+from django_concurrency_mw.steps import lease_seconds
 from django_concurrency_mw.tokens import new_token
 
 from .support import Limits, backend_entry, nothing_held, wait_until
@@ -129,6 +131,21 @@ def test_values_that_are_equal_and_read_differently_are_told_apart() -> None:
         asked = by_socket.asked(_request("", client, None, None, "no"))
         assert asked is not None
         assert asked[0].key.text == f"ip:{client}"
+
+
+@pytest.mark.parametrize("longest", [None, 5.0, 90.0])
+def test_a_slot_made_by_hand_is_like_any_other(longest: float | None) -> None:
+    policy = Policy("p", parse_key("ip"), 5, ttl=30.0, max_age=longest, block=False, wait=2.0, cost=3)
+    for limit in (7, None):
+        made = Asked(policy, make_key("ip:x"), limit, 3).slot("t", "/path")
+        told = UNLIMITED if limit is None else limit
+        usual = Slot("p", make_key("ip:x"), told, lease_seconds(policy), "t", False, "/path", 3, True)
+        assert made == usual
+        assert {each.name: type(getattr(made, each.name)) for each in fields(Slot)} == {
+            each.name: type(getattr(usual, each.name)) for each in fields(Slot)
+        }
+        assert usual.since - made.since < 60
+        assert (made.waited, made.memo) == (0.0, [])
 
 
 def test_several_stores_are_asked_by_the_steps() -> None:

@@ -354,7 +354,7 @@ def test_a_bell_that_rang_before_is_not_waited_for() -> None:
 
 def test_what_a_newcomer_lets_others_have_it_does_not_take_as_well(store: BaseBackend, client: Make) -> None:
     """A lease has ended without a word: the newcomer's own look gives both to the one that waits, though A was free before."""
-    lapsing = [client("b", limit=2, ttl=0.2) for _ in range(2)]
+    lapsing = [client("b", limit=2, ttl=0.5) for _ in range(2)]
     for one in lapsing:
         one.take()
     waiter, newcomer = client("a", "b"), client("a", "b")
@@ -370,7 +370,7 @@ def test_what_a_newcomer_lets_others_have_it_does_not_take_as_well(store: BaseBa
 
 def test_its_own_question_may_let_it_in(store: BaseBackend, client: Make) -> None:
     """Nobody else has looked since the leases ended: the last question finds its turn, behind one who is let in with it."""
-    lapsing = [client("a", limit=2, ttl=0.2) for _ in range(2)]
+    lapsing = [client("a", limit=2, ttl=0.5) for _ in range(2)]
     for one in lapsing:
         one.take()
     first, second = client("a", limit=2), client("a", limit=2)
@@ -386,7 +386,7 @@ def test_its_own_question_may_let_it_in(store: BaseBackend, client: Make) -> Non
 def test_who_asks_too_late_for_one_of_two_holds_neither(store: BaseBackend, client: Make) -> None:
     """It was let in, and the shorter one of its leases has ended before it asked: somebody else has that slot by now."""
     holder, waiter, other = client("a", "b"), client("a", "b"), client("a")
-    waiter.slots = (replace(waiter.slots[0], ttl=0.2, memo=[]), waiter.slots[1])
+    waiter.slots = (replace(waiter.slots[0], ttl=0.5, memo=[]), waiter.slots[1])
     holder.take()
     assert isinstance(waiter.ask(), Queued)
     holder.give()
