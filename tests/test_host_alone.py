@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from django_concurrency_mw.backends import BackendConfig
-from django_concurrency_mw.backends.host import access, alone, layout, opening, table
+from django_concurrency_mw.backends.host import access, alone, opening, table
 from django_concurrency_mw.backends.host.layout import HELD, Header, semaphore
 from django_concurrency_mw.backends.host.ours import Ours
 from django_concurrency_mw.backends.host.store import HostBackend
 from django_concurrency_mw.backends.host.table import Table
+from django_concurrency_mw.bells import Bell
 from django_concurrency_mw.exceptions import BackendError
 from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import UNLIMITED, Slot, Taken
@@ -80,10 +81,13 @@ def last_place() -> str:
     return next(name for name in names if semaphore(name, make_key("k").digest)[0] & 2 * CELLS - 1 == 2 * CELLS - 1)
 
 
-POLICIES = (*neighbours(), last_place(), "shared")
+POLICIES = (*neighbours(), last_place(), *"abcdefgh")
 #: Some that fit and some that do not, some in more bytes than characters, some in no UTF-8 at all.
 PATHS = ("/", "/reports/export/", "/é" * 60, "/x" * 56, "/x" * 56 + "y", "/\udcff", "")
 TOKENS = (*"abcdefghijkl", "t" * 40, "é" * 21, "\udcff")
+
+
+KINDS = ("take", "give", "both", "queue", "evict", "detach", "time")
 
 
 def any_slot(chance: random.Random) -> Slot:
@@ -106,7 +110,7 @@ def step(
     chance: random.Random, stores: Sequence[HostBackend], clock: Clock, taken: list[Slot], fill: bool
 ) -> tuple[str, list[Any]]:
     """Something that is done with each of these stores, and what each says of it. `taken`: what was taken before."""
-    kind = chance.choices(("take", "give", "both", "evict", "detach", "time"), (40, 30, 8, 2, 2, 8))[0]
+    kind = chance.choices(KINDS, (40, 36, 6, 4, 2, 2, 8))[0]
     one, two = any_slot(chance), any_slot(chance)
     if kind == "take" and fill:
         one = slot("filling", UNLIMITED, f"f{chance.randrange(80)}", path="/")
@@ -121,6 +125,7 @@ def step(
         "take": lambda store: store.take([one]),
         "give": lambda store: store.give([one]),
         "both": lambda store: store.take([one, two]),
+        "queue": lambda store: store.queue([one], [3], Bell()),
         "evict": lambda store: store.evict(one.token),
         "detach": lambda store: store.detach([one]),
     }

@@ -1,7 +1,7 @@
 """A slot alone: the take and the release that nearly all are, in as few steps as may be.
 
-One slot is asked for that fits, or given back that is held, nobody waits for anything, and its semaphore's entry stands where
-it is looked for first: what `Ours` does with `Table` and `Index` for any number of slots is then known from the start, and is
+One slot is asked for that fits, or given back that is held, nobody waits for it, and its semaphore's entry stands where it is
+looked for first: what `Ours` does with `Table` and `Index` for any number of slots is then known from the start, and is
 written here in one piece, word by word and in the same order. Whatever else there is goes the long way, as nothing has been
 changed by then.
 """
@@ -20,8 +20,8 @@ from .table import Place, Table
 Known = tuple[str, str, bytes]
 
 # As names of this module, which are looked up faster than those of a class.
-_DIRTY, _LAST, _HINT, _HIGH, _IN_LINES = Header.DIRTY, Header.TICKET, Header.HINT, Header.HIGH, Header.WAITING
-_LO, _TOTAL, _ENTRY, _CELL_SIZE = Entry.LO, Entry.TOTAL, Entry.WORDS, CELL.size
+_DIRTY, _LAST, _HINT, _HIGH = Header.DIRTY, Header.TICKET, Header.HINT, Header.HIGH
+_LO, _TOTAL, _WAITING, _ENTRY, _CELL_SIZE = Entry.LO, Entry.TOTAL, Entry.WAITING, Entry.WORDS, CELL.size
 _pack = CELL.pack_into
 #: The words of a cell up to the end of its lease: semaphore, ticket, owner and weight, since when, until when.
 _begins = struct.Struct("@6Q").unpack_from
@@ -41,7 +41,7 @@ class Alone:
     def take(self, table: Table, slots: Sequence[Slot], now: int) -> TakeReply:
         words, mapped, states_at, cells_at, index, mask, most = table.parts
         places = self.places
-        if len(slots) == 1 and not words[_IN_LINES] and len(places) < most:
+        if len(slots) == 1 and len(places) < most:
             slot = slots[0]
             token, policy, key, limit, cost = slot.token, slot.policy, slot.key, slot.limit, slot.cost
             digest = key.digest
@@ -50,9 +50,9 @@ class Alone:
             found = words[entry]
             if not found:
                 total = cost
-            elif found == hi and words[entry + _LO] == lo:
+            elif found == hi and words[entry + _LO] == lo and not words[entry + _WAITING]:
                 total = words[entry + _TOTAL] + cost
-            else:  # it stands further on
+            else:  # its entry stands further on, or somebody waits for it
                 return self._take_any(table, slots, now)
             at = states_at + words[_HINT]
             if mapped[at]:  # that one is in use, or there is no such cell
@@ -90,7 +90,7 @@ class Alone:
 
     def give(self, table: Table, slots: Sequence[Slot], now: int) -> list[bool]:
         words, mapped, states_at, cells_at, index, mask, _ = table.parts
-        if len(slots) == 1 and not words[_IN_LINES]:
+        if len(slots) == 1:
             slot, places = slots[0], self.places
             known = (slot.token, slot.policy, slot.key.digest)
             place = places.get(known)
@@ -101,7 +101,7 @@ class Alone:
                 if its == ticket and mapped[at] == HELD:
                     entry = index + (hi & mask) * _ENTRY
                     left = words[entry + _TOTAL] - (owner & WEIGHT_MASK)
-                    long = not left and words[index + (hi + 1 & mask) * _ENTRY]
+                    long = words[entry + _WAITING] or (not left and words[index + (hi + 1 & mask) * _ENTRY])
                     if not long and left >= 0 and words[entry] == hi and words[entry + _LO] == lo:
                         words[_DIRTY] = 1
                         # Before anything else: from here on the slot is free, whatever comes.
