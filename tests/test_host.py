@@ -1069,3 +1069,5 @@ def test_without_the_c_library_s_flock_python_s_own_does(
     os.close(fd)
     second.close()
     assert wait_until(lambda: isinstance(store.take([slot("b", token="u")]), Taken))
+    with pytest.raises(BackendError, match="directory"):  # and there is nothing to unlock
+        made(path.parent).take([slot()])
