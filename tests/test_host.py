@@ -24,7 +24,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.base import Restore
-from django_concurrency_mw.backends.host import access, layout, locking, opening, table, visiting
+from django_concurrency_mw.backends.host import access, alone, layout, locking, opening, table, visiting
 from django_concurrency_mw.backends.host import store as host_store
 from django_concurrency_mw.backends.host.layout import Header
 from django_concurrency_mw.backends.host.store import HostBackend
@@ -101,9 +101,9 @@ def policies(store: HostBackend) -> list[str]:
     return sorted(holder.policy for holder in store.snapshot())
 
 
-def take_and_give(store: HostBackend, one: Slot) -> None:
-    store.take([one])
-    store.give([one])
+def take_and_give(store: HostBackend, *slots: Slot) -> None:
+    store.take(slots)
+    store.give(slots)
 
 
 def look_again(store: HostBackend) -> None:
@@ -850,12 +850,11 @@ class TestProcesses:
             child = made(path)
             child.take([slot("childs")])
 
-            def stop(*arguments: object) -> list[int]:
+            def stop(*arguments: object) -> None:
                 os.write(tell, b"x")
                 os.kill(os.getpid(), signal.SIGSTOP)
-                return []
 
-            table.Table.write = stop  # type: ignore[method-assign,assignment]  # inside, with the lock
+            alone._pack = stop  # type: ignore[assignment]  # inside, with the lock
             child.take([slot("never")])
             os._exit(0)
         os.read(told, 1)
@@ -882,7 +881,7 @@ class TestProcesses:
             child = made(path)
             child.take([slot("childs")])
             table.Table.count = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
-            child.take([slot(token="never", limit=9)])
+            child.take([slot(token="never", limit=9), slot("neither")])
         os.waitpid(pid, 0)
         words = opened(store).words
         assert words[Header.DIRTY]
@@ -906,7 +905,7 @@ class TestInside:
     def test_a_call_inside_a_call_of_the_same_thread(self, store: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         """A garbage collection in the middle of a take: a release is carried out afterwards, a take is an error."""
         store.take([slot(token="old", limit=2)])
-        write, raised = table.Table.write, []
+        pack, raised = alone._pack, []
 
         def collected(*arguments: Any) -> Any:
             monkeypatch.undo()
@@ -914,9 +913,9 @@ class TestInside:
             with pytest.raises(BackendError) as caught:
                 store.take([slot("inner")])
             raised.append(caught.value)
-            return write(*arguments)
+            return pack(*arguments)
 
-        monkeypatch.setattr(table.Table, "write", collected)
+        monkeypatch.setattr(alone, "_pack", collected)
         thread = threading.Thread(target=store.take, args=([slot(limit=2, token="new")],), daemon=True)
         thread.start()
         thread.join(SOON)
@@ -925,7 +924,7 @@ class TestInside:
         assert held_by_state(opened(store)) == {layout.HELD: 1}, "it was not carried out at once"
         assert [holder.token for holder in store.snapshot()] == ["new"]
 
-    @pytest.mark.parametrize("where", ["try_lock", "write", "commit", "drop", "count"])
+    @pytest.mark.parametrize("where", ["lock", "write", "commit", "drop", "count"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
     def test_an_exception_inside_leaves_neither_lock_nor_slot(
         self,
@@ -936,8 +935,8 @@ class TestInside:
         error: type[BaseException],
     ) -> None:
         store.take([slot("warm")])
-        one = slot()
-        holder: Any = access if where == "try_lock" else table.Table
+        mine = [slot(), slot("q")]
+        holder: Any = access if where == "lock" else table.Table
         inner = getattr(holder, where)
 
         def interrupted(*arguments: Any) -> None:
@@ -947,9 +946,9 @@ class TestInside:
         with monkeypatch.context() as patch:
             patch.setattr(holder, where, interrupted)
             with pytest.raises(error):
-                take_and_give(store, one)
+                take_and_give(store, *mine)
         assert isinstance(other.take([slot("elsewhere")]), Taken), "it is still locked"
-        thread = threading.Thread(target=store.give, args=([one],), daemon=True)
+        thread = threading.Thread(target=store.give, args=(mine,), daemon=True)
         thread.start()
         thread.join(SOON)
         assert not thread.is_alive(), "the other threads are locked out"
@@ -960,7 +959,8 @@ class TestInside:
         self, store: HostBackend, other: HostBackend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Even if nobody repeats it, and before the index says so."""
-        store.take([slot()])
+        both = [slot(), slot("q")]
+        store.take(both)
 
         def interrupted(*arguments: Any) -> None:
             raise KeyboardInterrupt
@@ -968,7 +968,7 @@ class TestInside:
         with monkeypatch.context() as patch:
             patch.setattr(table.Table, "count", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                store.give([slot()])
+                store.give(both)
         assert other.take([slot(token="next")]) == Taken((True,), (1,))
 
 
@@ -1055,7 +1055,8 @@ def test_without_the_c_library_s_flock_python_s_own_does(
     from django_concurrency_mw.backends.host import locking
 
     monkeypatch.setattr(locking, "_native", None)
-    monkeypatch.setattr(locking, "lock", locking._flock)
+    for module in (locking, access):
+        monkeypatch.setattr(module, "lock", locking._flock)
     monkeypatch.setattr(access, "unlock", fcntl.flock)
     assert isinstance(store.take([slot()]), Taken)
     second = made(path)
@@ -1068,3 +1069,5 @@ def test_without_the_c_library_s_flock_python_s_own_does(
     os.close(fd)
     second.close()
     assert wait_until(lambda: isinstance(store.take([slot("b", token="u")]), Taken))
+    with pytest.raises(BackendError, match="directory"):  # and there is nothing to unlock
+        made(path.parent).take([slot()])

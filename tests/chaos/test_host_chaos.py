@@ -121,6 +121,8 @@ def lost(store: HostBackend) -> None:
 CALLS: dict[str, Killed] = {
     "take": (nothing, lambda store: store.take(mine())),
     "give": (taken, lambda store: store.give(mine())),
+    "take one": (nothing, lambda store: store.take(mine()[:1])),
+    "give one": (taken, lambda store: store.give(mine()[:1])),
     "renew": (taken, lambda store: store.renew([(one, 60) for one in mine()])),
     "restore": (nothing, lambda store: store.restore([Restore(one, 60, float("inf")) for one in mine()])),
     "evict": (taken, lambda store: store.evict("dying")),
@@ -240,7 +242,7 @@ def test_exceptions_of_signal_handlers_leave_nothing_behind(store: HostBackend, 
     end = monotonic() + (600 if LONG else 60)
     try:
         while struck < INTERRUPTIONS and monotonic() < end:
-            one = [slot("a"), slot("b")]
+            one = [slot("a"), slot("b")][: random.choice((1, 2))]
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 60e-6))

@@ -25,7 +25,7 @@ from ...keeper import keeper
 from . import bells
 from .layout import Header, Layout
 from .lines import serve
-from .locking import UNLOCK, try_lock, unlock
+from .locking import EXCLUSIVE, UNLOCK, lock, try_lock, unlock
 from .opening import is_at, open_file, open_table
 from .table import Table
 
@@ -209,14 +209,15 @@ class Access:
             try:
                 self._inside = True
                 now = monotonic_ns()
-                if self._table is not None and now - self._looked > LOOK_EVERY:
-                    self._look(self._table, now)
-                if self._table is None:
-                    if not opens:
-                        return _NOT_NOW
-                    self._open_file()
+                if self._table is None or now - self._looked > LOOK_EVERY:
+                    if self._table is not None:
+                        self._look(self._table, now)
+                    if self._table is None:
+                        if not opens:
+                            return _NOT_NOW
+                        self._open_file()
                 try:
-                    if not try_lock(self._fd):
+                    if lock(self._fd, EXCLUSIVE) and not try_lock(self._fd):
                         return _NOT_NOW
                 except OSError as error:
                     self._cannot_lock(error)
@@ -236,11 +237,10 @@ class Access:
                 return reply
             finally:
                 self._inside = False
-                if self._fd >= 0:
-                    try:  # noqa: SIM105  # suppress() is a call, and a handler could come before it has begun
-                        unlock(self._fd, UNLOCK)
-                    except OSError:
-                        pass
+                try:  # noqa: SIM105  # suppress() is a call, and a handler could come before it has begun
+                    unlock(self._fd, UNLOCK)
+                except (OSError, ValueError):  # it is closed, or -1
+                    pass
 
     # Callers hold the mutex from here on.
 

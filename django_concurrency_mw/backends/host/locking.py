@@ -21,7 +21,6 @@ TRIES: Final = 5
 #: Byte LIVE + n is locked as long as the process with the number n lives. Far behind the end of any file.
 LIVE: Final = 1 << 40
 
-_EXCLUSIVE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
 _RANGE: Final = struct.Struct("hhqqi4x")
 
@@ -51,19 +50,20 @@ def _flock(fd: int, operation: int) -> int:
     return 0
 
 
-#: What takes the lock, and what lets go of it: `unlock(fd, UNLOCK)`. That one must be written in C, as no signal handler of
-#: Python's may come before it has done its work. It may raise OSError.
+#: What takes the lock: 0 from `lock(fd, EXCLUSIVE)`; and what lets go of it: `unlock(fd, UNLOCK)`. That one must be written in
+#: C, as no signal handler of Python's may come before it has done its work. Both may raise OSError, and ValueError for -1.
 lock: Callable[[int, int], int] = _native[0] if _native else _flock
 unlock: Callable[[int, int], object] = _native[2] if _native else fcntl.flock
+EXCLUSIVE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 UNLOCK: Final = fcntl.LOCK_UN
 
 
 def try_lock(fd: int) -> bool:
     """Take the table's lock. False: somebody else has it. Raises: OSError where `fd` cannot be locked at all."""
-    if not lock(fd, _EXCLUSIVE):
+    if not lock(fd, EXCLUSIVE):
         return True
     for _ in range(TRIES - 1):
-        if not lock(fd, _EXCLUSIVE):
+        if not lock(fd, EXCLUSIVE):
             return True
     number = ctypes.get_errno()
     if number not in (errno.EAGAIN, errno.EINTR):

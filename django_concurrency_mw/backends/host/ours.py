@@ -13,6 +13,7 @@ from ...bells import Bell
 from ...outcomes import Full, LineFull, Queued, QueueReply, Slot, Taken, TakeReply
 from ..base import PLACE_FOR, Restore, age_of
 from . import bells, lines, watch
+from .alone import Alone, Known
 from .layout import (
     EVICTED,
     FREE,
@@ -29,8 +30,6 @@ from .layout import (
 )
 from .table import HolderName, Place, Table, TableFull, Wanted
 
-#: One holder of one semaphore: token, policy, digest.
-Known = tuple[str, str, bytes]
 #: One of them with the state and the content of its cell.
 Saved = tuple[Known, int, bytes]
 
@@ -52,7 +51,7 @@ TIDY_FROM = 1024
 _taken, _full = lru_cache(1024)(Taken), lru_cache(1024)(Full)
 
 
-class Ours:
+class Ours(Alone):
     """The cells of this process's holders and waiters, by whom they are."""
 
     def __init__(self) -> None:
@@ -65,7 +64,7 @@ class Ours:
         #: So many are looked through when more are handed over.
         self.tidy_from = TIDY_FROM
 
-    def take(self, table: Table, slots: Sequence[Slot], now: int) -> TakeReply:
+    def _take_any(self, table: Table, slots: Sequence[Slot], now: int) -> TakeReply:
         answer = self._ask(table, slots, now)
         if False in answer[1]:
             answer = self._ask_again(table, slots, answer, now)
@@ -201,7 +200,7 @@ class Ours:
     def _forget_gone(self, table: Table) -> None:
         self.places = {one: place for one, place in self.places.items() if table.state(place) != FREE}
 
-    def give(self, table: Table, slots: Sequence[Slot], now: int) -> list[bool]:
+    def _give_any(self, table: Table, slots: Sequence[Slot], now: int) -> list[bool]:
         places = self.places
         given: list[bool] = []
         cells: dict[int, Known] = {}

@@ -57,6 +57,8 @@ Place = tuple[int, int]
 HolderName = tuple[int, int, str]
 #: A semaphore by its two words.
 Name = tuple[int, int]
+#: See `Table.parts`.
+Parts = tuple["memoryview[int]", mmap.mmap, int, int, int, int, int]
 #: A cell that is to be written: semaphore, slot, ttl in ns.
 Wanted = tuple[Named, Slot, int]
 
@@ -71,7 +73,7 @@ _pack = CELL.pack_into
 class Table(Index):
     """One opened file, for the process that has this `number` there."""
 
-    __slots__ = ("due", "fd", "identity", "number")
+    __slots__ = ("due", "fd", "identity", "number", "parts")
 
     def __init__(self, fd: int, mapped: mmap.mmap, layout: Layout, number: int, identity: tuple[int, int]) -> None:
         super().__init__(mapped, layout)
@@ -79,6 +81,18 @@ class Table(Index):
         #: Of these semaphores something may have become free for those who wait; in the order of a dict. It stands over the
         #: call, should that be cut short; and that we are killed is found out by those who wait.
         self.due: dict[Name, None] = {}
+        #: What every take and give of one slot needs, to be had by one look: words; map; where the states begin, and where
+        #: they end and the cells begin, in bytes; where the index begins, in words, and the mask of its entries;
+        #: and how many places one process may remember before it looks which are over.
+        self.parts: Parts = (
+            self.words,
+            mapped,
+            layout.states_at,
+            layout.cells_at,
+            layout.index_word,
+            layout.entries - 1,
+            2 * layout.cells,
+        )
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
