@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import TYPE_CHECKING
 
 import redis
 import redis.asyncio
 
-from .handlers import Awork, Work
+if TYPE_CHECKING:
+    from .handlers import Awork, Work
 
 #: Let in who finds room among those whose lease has not ended: what any semaphore on a sorted set has to ask.
 TAKE = """

@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-from time import perf_counter
+from collections.abc import Callable
+from time import perf_counter, sleep
 
 CONNECTIONS = 32
+#: Seconds after which they are there.
+CONNECTED = 0.25
 
 
 def tool() -> str:
@@ -17,17 +20,24 @@ def tool() -> str:
     return "wrk" if shutil.which("wrk") else "a client in Python, which takes a core itself (install wrk)"
 
 
-def requests_per_second(port: int, path: str, seconds: float) -> float:
-    """Raises: AssertionError where not every answer is a 200."""
-    if shutil.which("wrk"):
-        return _wrk(f"http://127.0.0.1:{port}{path}", seconds)
+def requests_per_second(
+    port: int, path: str, seconds: float, is_fair: Callable[[], bool] = lambda: True
+) -> float | None:
+    """None where it is not fair, which is asked when all connections are there.
+
+    Raises: AssertionError where not every answer is a 200.
+    """
     command = [sys.executable, "-m", "benchmarks.load", str(port), path, str(seconds)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _wrk(url: str, seconds: float) -> float:
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{max(1, round(seconds))}s", url]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if shutil.which("wrk"):
+        url = f"http://127.0.0.1:{port}{path}"
+        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{max(1, round(seconds))}s", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        sleep(CONNECTED)
+        if not is_fair():
+            asking.kill()
+            return None
+        said = asking.communicate()[0]
+    assert asking.returncode == 0, said
     assert "Non-2xx" not in said, said
     found = re.search(r"Requests/sec:\s*([\d.]+)", said)
     assert found, said
@@ -58,4 +68,4 @@ async def _crowd(port: int, path: str, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    print(asyncio.run(_crowd(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))))
+    print("Requests/sec:", asyncio.run(_crowd(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))))

@@ -1,7 +1,9 @@
-"""The URL configuration of the servers under load: a bare view and those with a limit, few enough to be found equally fast."""
+"""The URL configuration of the servers under load: a bare view, the two raw trips and those with a limit, each found equally
+fast."""
 
 from __future__ import annotations
 
 from .site import ROUTES
 
-urlpatterns = [ROUTES[beginning + name] for name in ("bare", "redis-view-1", "redis-mw-1") for beginning in ("", "a-")]
+NAMES = ("bare", "redis-raw2", "redis-peer", "redis-view-1", "redis-mw-1")
+urlpatterns = [ROUTES[beginning + name] for name in NAMES for beginning in ("", "a-") if name in ROUTES]

@@ -87,8 +87,8 @@ class Session:
 
         for name in filter(lambda name: self._is_wanted(name.split()[0]), SERVERS):
             print(f"{name}, asked by {tool()}:", flush=True)
-            found, per_second = kept(name, "redis", max(1, min(5, self.effort.rounds)), 3)
-            self.seconds[f"{name}, requests per second"] = per_second
+            found, figures = kept(name, "redis", max(1, min(9, self.effort.rounds)), self.server.process.pid)
+            self.seconds |= {f"{name}, requests per {per}": rows for per, rows in figures.items()}
             for result in found:
                 self.found.append(result)
                 print(report.line(result), flush=True)

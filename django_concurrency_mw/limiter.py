@@ -16,7 +16,7 @@ from django.http.response import HttpResponseBase
 from . import health, peaks, rejection, signals
 from .backends import BaseBackend, get_backend
 from .conf import Config
-from .effects import Notify, Queue, Steps, Take
+from .effects import Give, Notify, Queue, Steps, Take
 from .keys import Resolver
 from .lease import Lease
 from .outcomes import (
@@ -33,7 +33,7 @@ from .outcomes import (
     Verdict,
 )
 from .policies import Policy
-from .steps import Begun, above_limit, acquire
+from .steps import Begun, above_limit, acquire, full_at_once, refused_at_once
 from .tokens import new_token
 
 if TYPE_CHECKING:
@@ -127,11 +127,25 @@ def admit(
     `kwargs` are the view's. `begun`: a take that did not have all of them at once. Raises what the project's callables raise,
     and ImproperlyConfigured for a store that cannot limit; whoever owns the lease gives back then.
     """
-    verdict = yield from decide(request, lease, policies, kwargs, config, begun)
+    if begun is not None and not signals.request_rejected.receivers and (entry := full_at_once(begun)) is not None:
+        verdict: Verdict | None = yield from _refuse(request, lease, begun, entry)
+    else:
+        verdict = yield from decide(request, lease, policies, kwargs, config, begun)
     if verdict is None or verdict.rejected_by is None:
         return None
     # What this request asked further out, in the middleware or in another decorator, belongs to the lists too.
     return (yield from rejection.respond(request, verdict, lease.fields + verdict.fields, config.headers))
+
+
+def _refuse(request: HttpRequest, lease: Lease, begun: Begun, entry: Asked) -> Steps[Verdict]:
+    """`decide`, of one that is full at once: the same, but for all that it would look at to find that out."""
+    reply: Any = begun.reply
+    if not lease.confirm(begun.slots, ()):  # nobody holds them; but what gave them back the take may have overtaken
+        yield from Give(begun.store, begun.slots)
+    verdict = refused_at_once(entry, reply.in_flight[0])
+    request.concurrency = verdict.concurrency  # type: ignore[attr-defined]  # ours to set
+    rejection.log(entry.policy, entry.key.text, "full")
+    return verdict
 
 
 def decide(

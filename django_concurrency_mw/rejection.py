@@ -15,11 +15,13 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+from django.core.signals import setting_changed
 from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from django.template import Context, Engine, TemplateDoesNotExist
 from django.template.loader import get_template
 from django.template.response import TemplateResponse
+from django.utils.autoreload import file_changed
 from django.utils.cache import patch_vary_headers
 from django.utils.translation import get_language, get_language_bidi
 from django.utils.translation import gettext as _
@@ -27,7 +29,7 @@ from django.utils.translation import gettext as _
 from . import afresh
 from .effects import Ask, Steps
 from .keys import callable_of, masked
-from .outcomes import LimitField, Rejection, Verdict
+from .outcomes import LimitField, Reason, Rejection, Verdict
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -54,6 +56,9 @@ PROBLEM_TYPES = {429: f"{_TYPE}quota-exceeded", 503: f"{_TYPE}temporary-reduced-
 #: Accept headers whose reading is remembered, and characters of each.
 MOST_KNOWN, LONGEST_KNOWN = 256, 256
 
+#: Answers that are kept ready: each policy has a few, by the seconds to come back in.
+MOST_READY = 512
+
 #: Seconds of one policy's rejections that go into one line of the log.
 LOG_EVERY = 10.0
 
@@ -69,9 +74,33 @@ def respond(
     if policy.response_callback is not None:
         response = yield from _callback(request, policy)
     if response is None:
-        response = _built_in(request, rejection)
-    if rejection.retry_after is not None:
-        response.headers.setdefault("Retry-After", str(rejection.retry_after))
+        return answer(request, rejection, fields, headers)
+    return _completed(response, rejection.retry_after, fields, headers)
+
+
+def answer(
+    request: HttpRequest, rejection: Rejection, fields: Sequence[LimitField], headers: Headers
+) -> HttpResponseBase:
+    """Our own response to a rejected request."""
+    media_type = _preferred(request)
+    if media_type == HTML:
+        page = _page(request, rejection, *texts(rejection))
+        page.status_code = rejection.status
+        return _completed(_varied(page), rejection.retry_after, fields, headers)
+    told = (rejection.status, rejection.reason, rejection.retry_after, rejection.violated)
+    body, content_type, known = _ready(media_type, get_language(), *told, tuple(fields), headers)
+    response = HttpResponse(body, content_type=content_type, status=rejection.status)
+    _put(response, known)
+    response._has_been_logged = True  # type: ignore[attr-defined]  # see _completed
+    return response
+
+
+def _completed(
+    response: HttpResponseBase, retry_after: int | None, fields: Sequence[LimitField], headers: Headers
+) -> HttpResponseBase:
+    """The same, with what every answer to a rejected request says, where it does not say it already."""
+    if retry_after is not None:
+        response.headers.setdefault("Retry-After", str(retry_after))
     response.headers.setdefault("Cache-Control", "no-store")
     if headers != "never":
         add_fields(response, fields)
@@ -121,37 +150,71 @@ def _callback(request: HttpRequest, policy: Policy) -> Steps[HttpResponseBase | 
     return None
 
 
-def _built_in(request: HttpRequest, rejection: Rejection) -> HttpResponseBase:
-    media_type = _preferred(request)
-    title, detail = texts(rejection)
-    response: HttpResponseBase
-    if media_type == HTML:
-        response = _page(request, rejection, title, detail)
-    elif media_type == TEXT:
+#: Header fields as Django keeps them, by their names in lower case.
+_Store = dict[str, tuple[str, str]]
+
+
+@lru_cache(maxsize=MOST_READY)
+def _ready(
+    media_type: str,
+    language: str | None,
+    status: int,
+    reason: Reason,
+    retry_after: int | None,
+    violated: tuple[str, ...],
+    fields: tuple[LimitField, ...],
+    headers: Headers,
+) -> tuple[bytes, str, _Store]:
+    """Body, content type and all header fields of a text or a JSON, in `language`, which is the active one. There are few of
+    them, and to make one takes longer than to decide that a request is rejected."""
+    title, detail = _texts(reason, retry_after)
+    response: HttpResponse
+    if media_type == TEXT:
         response = HttpResponse(f"{title}\n{detail}\n", content_type="text/plain; charset=utf-8")
     else:
-        body = _json(rejection.status, title, detail, rejection.reason, rejection.violated)
-        response = HttpResponse(body, content_type=media_type)
-    response.status_code = rejection.status
+        body = {
+            "type": PROBLEM_TYPES[status],
+            "title": title,
+            "status": status,
+            "detail": detail,
+            "reason": reason,
+            "violated-policies": list(violated),
+        }
+        # JSON is UTF-8 whatever DEFAULT_CHARSET says.
+        response = HttpResponse(json.dumps(body, ensure_ascii=False).encode(), content_type=media_type)
+    response.status_code = status  # of a redirect the fields would be others
+    _completed(_varied(response), retry_after, fields, headers)
+    store = {name.lower(): (name, value) for name, value in response.headers.items()}
+    return response.content, response.headers["Content-Type"], store
+
+
+def _forget_texts(**_named: object) -> None:
+    """Settings are other ones, or files of translations."""
+    _ready.cache_clear()
+
+
+setting_changed.connect(_forget_texts)
+file_changed.connect(_forget_texts)
+
+
+def _put(response: HttpResponse, known: _Store) -> None:
+    """These fields have been in a response before, so they are as Django wants them. To set them one by one takes longer than
+    all the rest of the answer."""
+    store = getattr(response.headers, "_store", None)  # not Django's public word, so it may be gone some day
+    if type(store) is dict:
+        store.update(known)
+        return
+    for name, value in known.values():
+        response.headers[name] = value
+
+
+def _varied(response: HttpResponseBase) -> HttpResponseBase:
+    """Others get it in another media type."""
     if "Vary" in response.headers:
         patch_vary_headers(response, ["Accept"])
     else:
         response.headers["Vary"] = "Accept"
     return response
-
-
-@lru_cache(maxsize=256)
-def _json(status: int, title: str, detail: str, reason: str, violated: tuple[str, ...]) -> bytes:
-    """There are not many. JSON is UTF-8 whatever DEFAULT_CHARSET says."""
-    body = {
-        "type": PROBLEM_TYPES[status],
-        "title": title,
-        "status": status,
-        "detail": detail,
-        "reason": reason,
-        "violated-policies": list(violated),
-    }
-    return json.dumps(body, ensure_ascii=False).encode()
 
 
 def _preferred(request: HttpRequest) -> str:
@@ -179,19 +242,23 @@ _preferences: dict[str, str] = {}
 
 def texts(rejection: Rejection) -> tuple[str, str]:
     """Title and detail in the active language."""
-    if rejection.reason == "backend_unavailable":
+    return _texts(rejection.reason, rejection.retry_after)
+
+
+def _texts(reason: Reason, retry_after: int | None) -> tuple[str, str]:
+    if reason == "backend_unavailable":
         return _("Service temporarily unavailable"), _(
             "This request cannot be admitted just now. Please try again soon."
         )
-    if rejection.reason == "key_missing":
+    if reason == "key_missing":
         return _("Too many requests"), _(
             "This request lacks what is needed to tell whose it is, so it is not admitted."
         )
-    if rejection.reason == "cost_above_limit":
+    if reason == "cost_above_limit":
         return _("Too many requests"), _(
             "This request asks for more than may be in use at once, so it is not admitted."
         )
-    if rejection.retry_after is None:
+    if retry_after is None:
         return _("Too many requests"), _("No request of this kind is admitted at present.")
     return (
         _("Too many requests at the same time"),

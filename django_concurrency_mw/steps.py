@@ -325,9 +325,36 @@ def _rejected(
         reason=reason,
         limit=limit,
         in_flight=violated[policy.name],
-        retry_after=None if hopeless else (waited and waited.retry_after) or random.randint(*RETRY_AFTER),
+        retry_after=None if hopeless else (waited and waited.retry_after) or _some_seconds(),
         status=503 if reason == "backend_unavailable" else policy.status,
         violated=tuple(entry.policy.name for entry in against),
     )
     seconds = 0.0 if waited is None else waited.seconds
     return Verdict(Concurrency(True, _results(asked, account), rejection, seconds), policy, fields)
+
+
+def _some_seconds() -> int:
+    """One of RETRY_AFTER, by a third of what `randint` takes."""
+    first, last = RETRY_AFTER
+    return first + int(random.random() * (last + 1 - first))
+
+
+def full_at_once(begun: Begun) -> Asked | None:
+    """The one policy that was asked and is full, where nobody may wait for it: all that `acquire` would find out."""
+    reply = begun.reply
+    if type(reply) is not Full or len(begun.asked) != 1 or not reply.full[0]:
+        return None
+    (entry,) = begun.asked
+    policy, limit = entry.policy, entry.limit
+    return entry if policy.block and limit is not None and not (policy.wait and limit) else None
+
+
+def refused_at_once(entry: Asked, in_flight: int) -> Verdict:
+    """What `acquire` would come to. For one that is `full_at_once`; the caller tells the lease that nothing is held."""
+    policy, limit, text = entry.policy, entry.limit, entry.key.text
+    assert limit is not None
+    name = policy.name
+    retry_after = _some_seconds() if limit else None
+    rejection = Rejection(name, text, "full", limit, in_flight, retry_after, policy.status, (name,))
+    results = (PolicyResult(name, text, "over", in_flight, limit),)
+    return Verdict(Concurrency(True, results, rejection), policy, ((name, limit, 0),))

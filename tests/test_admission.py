@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields
@@ -20,7 +22,7 @@ from django.utils.functional import SimpleLazyObject
 from hypothesis import given
 from hypothesis import strategies as st
 
-from django_concurrency_mw import admission, conf, limiter, peaks, signals
+from django_concurrency_mw import admission, conf, limiter, peaks, rejection, signals
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.client import TrustedProxies
 from django_concurrency_mw.drivers import run
@@ -28,10 +30,10 @@ from django_concurrency_mw.keys import Resolver, make_key
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import begin
-from django_concurrency_mw.outcomes import UNLIMITED, Asked, Concurrency, Slot
+from django_concurrency_mw.outcomes import UNLIMITED, Asked, Concurrency, Full, Slot, StoreFailed, Taken
 from django_concurrency_mw.plans import LONGEST_KNOWN, MOST_KNOWN, Plan
 from django_concurrency_mw.policies import Policy
-from django_concurrency_mw.steps import lease_seconds
+from django_concurrency_mw.steps import Begun, full_at_once, lease_seconds
 from django_concurrency_mw.tokens import new_token
 
 from .support import Limits, backend_entry, nothing_held, wait_until
@@ -263,6 +265,134 @@ def test_one_take_and_the_steps_come_to_the_same(
     by_steps = outcome()
     assert quick == by_steps
     assert [each[0] for each in quick[:4]].count(None) < 4 or table == "shadow"
+
+
+FULL: dict[str, dict[str, Any]] = {
+    "one": {"p": {"max_concurrent": 1}},
+    "of cost 2": {"p": {"max_concurrent": 3, "cost": 2}},
+    "closed": {"p": {"max_concurrent": 0}},
+    "closed, though one may wait": {"p": {"max_concurrent": 0, "wait": 5}},
+    "one where one may wait": {"p": {"max_concurrent": 1, "wait": 0.01}},
+    "with a status of its own": {"p": {"max_concurrent": 1, "status": 503}},
+    "with an answer of its own": {"p": {"max_concurrent": 1, "response_callback": "tests.rejecting_urls.busy"}},
+    "two": {"p": {"max_concurrent": 1}, "q": {"max_concurrent": 5}},
+    "a shadow": {"p": {"max_concurrent": 1, "block": False}},
+}
+
+
+@pytest.mark.parametrize("headers", ["rejected", "never"])
+@pytest.mark.parametrize("table", FULL)
+def test_one_that_is_full_at_once_gets_the_answer_of_the_steps(
+    limits: Limits,
+    admit: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    table: str,
+    headers: str,
+) -> None:
+    """Status, body, every field, what the request is told and the log."""
+
+    def outcome() -> list[Any]:
+        monkeypatch.setattr(rejection, "_sampled", rejection._Sampled())
+        policies = {name: {"key": "ip", "backend": "default", **more} for name, more in FULL[table].items()}
+        limits({"policies": policies}, BACKENDS={"default": {"BACKEND": "memory"}}, HEADERS=headers)
+        config, found = conf.current(), []
+        caplog.clear()
+        random.seed(7)
+        first = RequestFactory().get("/")
+        begin(first)
+        holder = Lease(first)
+        admit(first, holder, config.table.policies, {}, config)
+        for accept in ("*/*", "application/json", "text/plain", "text/html"):
+            request = RequestFactory().get("/", HTTP_ACCEPT=accept)
+            begin(request)
+            lease = Lease(request)
+            response = admit(request, lease, config.table.policies, {}, config)
+            told = request.concurrency  # type: ignore[attr-defined]
+            found.append((told, told._lease is None, lease.results, lease.fields, lease.holdings(), lease.is_asking))
+            if response is not None:
+                found.append((response.status_code, response.content, list(response.headers.items()), response.charset))
+                found.append((response.reason_phrase, response.cookies, response._has_been_logged))
+            lease.release()
+        holder.release()
+        found.append([record.getMessage() for record in caplog.records])
+        assert wait_until(nothing_held)
+        return [repr(each) for each in found]
+
+    caplog.set_level(logging.WARNING, "django_concurrency_mw")
+    quick = outcome()
+    monkeypatch.setattr(limiter, "full_at_once", lambda begun: None)
+    assert quick == outcome()
+    assert ("concurrent-requests" in "".join(quick)) is (headers == "rejected" and table != "a shadow")
+
+
+def _begun(reply: Any, *more: dict[str, Any]) -> Begun:
+    asked = [
+        Asked(Policy(f"p{n}", parse_key("global"), 1, **each), make_key("global"), 1) for n, each in enumerate(more)
+    ]
+    return Begun(None, (), asked, reply, 0.0)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        _begun(Taken((True,), (1,)), {}),
+        _begun(StoreFailed(OSError()), {}),
+        _begun(Full((True, True), (1, 1)), {}, {}),
+        _begun(Full((True,), (1,)), {"wait": 1.0}),
+        _begun(Full((True,), (1,)), {"block": False}),
+        _begun(Full((False,), (1,)), {}),
+    ],
+)
+def test_what_takes_more_than_a_look_at_the_reply_is_left_to_the_steps(begun: Begun) -> None:
+    assert full_at_once(begun) is None
+    assert full_at_once(_begun(Full((True,), (1,)), {})) is not None
+
+
+def test_who_listens_for_rejections_is_told_of_one_that_is_full_at_once(
+    limits: Limits, admit: Callable[..., Any]
+) -> None:
+    limits({"policies": {"p": {"key": "ip", "max_concurrent": 0}}}, BACKENDS={"default": {"BACKEND": "memory"}})
+    config, seen = conf.current(), []
+
+    def listens(**told: Any) -> None:
+        seen.append((told["key"], told["in_flight"], told["limit"], told["reason"], told["shadow"]))
+
+    request = RequestFactory().get("/")
+    begin(request)
+    signals.request_rejected.connect(listens)
+    try:
+        assert admit(request, Lease(request), config.table.policies, {}, config).status_code == 429
+    finally:
+        signals.request_rejected.disconnect(listens)
+    assert seen == [("ip:127.0.0.1", 0, 0, "full", False)]
+
+
+def test_one_that_is_full_and_was_given_back_while_it_was_asked_for_is_given_back_once_more(
+    limits: Limits, admit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store may have been asked twice: what the first question took, its release may have overtaken."""
+    limits({"policies": {"p": {"key": "ip", "max_concurrent": 0}}}, BACKENDS={"default": {"BACKEND": "memory"}})
+    config, given = conf.current(), []
+    request = RequestFactory().get("/")
+    begin(request)
+    lease, store = Lease(request), limiter.store_of(config.table.policies[0], config)
+    take, give = store.take, store.give
+
+    def late(slots: Any) -> Any:
+        lease.release()
+        given.clear()
+        return take(slots)
+
+    def told(slots: Any) -> Any:
+        given.append(tuple(slots))
+        return give(slots)
+
+    monkeypatch.setattr(store, "take", late)
+    monkeypatch.setattr(store, "give", told)
+    assert admit(request, lease, config.table.policies, {}, config).status_code == 429
+    assert [[slot.policy for slot in slots] for slots in given] == [["p"]]
+    assert not lease.holdings()
 
 
 @pytest.mark.parametrize("times", [1, 3])

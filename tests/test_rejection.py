@@ -6,7 +6,9 @@ import json
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from django.core import mail
 from django.core.cache import cache
 from django.test import Client, RequestFactory, override_settings
 from django.utils import translation
+from django.utils.autoreload import file_changed
 from django.utils.translation import trans_real
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -395,7 +398,7 @@ def test_no_accept_header_breaks_the_answer(accept: str) -> None:
     """Whatever a client writes there: one of our bodies."""
     request = RequestFactory().get("/", HTTP_ACCEPT=accept)
     refused = Rejection("p", "global", "full", 1, 1, 3, 429, ("p",))
-    response = rejection._built_in(request, refused)
+    response = rejection.answer(request, refused, (), "rejected")
     assert response.status_code == 429
     assert response.headers["Content-Type"].partition(";")[0] in rejection.MEDIA_TYPES
 
@@ -546,3 +549,66 @@ def test_what_clients_accept_takes_no_more_memory_than_that(monkeypatch: pytest.
     assert preferred("text/html," + " " * rejection.LONGEST_KNOWN) == "text/html"
     assert preferred("text/html," + " " * rejection.LONGEST_ACCEPT) == PROBLEM
     assert known == before
+
+
+class TestReady:
+    """Answers that have been given before are kept ready, and are what they would be if they were made anew."""
+
+    def ask(self, refused: Rejection, accept: str = "*/*", headers: rejection.Headers = "rejected") -> Any:
+        request = RequestFactory().get("/", HTTP_ACCEPT=accept)
+        return rejection.answer(request, refused, (("p", 5, 0),), headers)
+
+    @pytest.mark.parametrize("accept", [PROBLEM, "application/json", "text/plain", "text/html"])
+    def test_what_is_done_with_one_is_not_done_with_the_next(self, accept: str) -> None:
+        refused = Rejection("p", "k", "full", 5, 5, 3, 429, ("p",))
+        first = self.ask(refused, accept)
+        before = list(first.headers.items()), first.content
+        first.headers["Vary"] = "Cookie"
+        del first.headers["Retry-After"]
+        first.headers["X-Of-The-Project"] = "1"
+        first.content = b"of the project"
+        first.set_cookie("a", "b")
+        second = self.ask(refused, accept)
+        assert (list(second.headers.items()), second.content) == before
+        assert not second.cookies
+
+    @pytest.mark.parametrize("what", ["retry_after", "status", "reason", "violated"])
+    def test_every_word_counts(self, what: str) -> None:
+        refused = Rejection("p", "k", "full", 5, 5, 3, 429, ("p",))
+        other = {"retry_after": 4, "status": 503, "reason": "key_missing", "violated": ("p", "q")}
+        changed = replace(refused, **{what: other[what]})
+        first, second = self.ask(refused), self.ask(changed)
+        assert (first.status_code, first.content, list(first.headers.items())) != (
+            second.status_code,
+            second.content,
+            list(second.headers.items()),
+        )
+        assert "RateLimit" not in self.ask(refused, headers="never").headers
+
+    def test_other_translations_are_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a file that has changed under the development server, and under other settings."""
+        refused = Rejection("p", "k", "full", 5, 5, 3, 429, ("p",))
+        with translation.override("de"):
+            untranslated = self.ask(refused).content
+            catalog: Any = trans_real.translation("de")
+            known = {**catalog._catalog._catalogs[0], "Too many requests at the same time": "Zu viele Anfragen"}
+            monkeypatch.setattr(catalog._catalog, "_catalogs", [known, *catalog._catalog._catalogs[1:]])
+            assert not any(done for _, done in file_changed.send(self, file_path=Path("of/no/interest")))
+            assert "Zu viele Anfragen" in self.ask(refused).content.decode()
+            with translation.override("fr"):
+                assert self.ask(refused).content == untranslated
+            with override_settings(LOCALE_PATHS=[]):  # Django itself reads its files again
+                translation.activate("de")
+                assert self.ask(refused).content == untranslated
+
+    def test_there_are_only_so_many(self) -> None:
+        for number in range(rejection.MOST_READY + 2):
+            self.ask(Rejection("p", "k", "full", 5, 5, number, 429, ("p",)))
+        assert rejection._ready.cache_info().currsize == rejection.MOST_READY
+
+    def test_fields_are_set_by_the_public_way_where_djangos_own_is_gone(self) -> None:
+        refused = Rejection("p", "k", "full", 5, 5, 3, 429, ("p",))
+        known = dict(self.ask(refused).headers.items())
+        elsewhere = SimpleNamespace(headers={})
+        rejection._put(elsewhere, {name.lower(): (name, value) for name, value in known.items()})  # type: ignore[arg-type]
+        assert elsewhere.headers == known
