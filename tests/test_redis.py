@@ -333,20 +333,20 @@ class TestThreads:
         assert wait_until(lambda: taken(through_proxy, slot("late")))
 
     @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-    @pytest.mark.parametrize("where", ["send_packed_command", "read_response"])
+    @pytest.mark.parametrize("where", ["sendall", "last"])
     def test_what_interrupts_a_call_leaves_no_slot_and_no_confusion(
         self, store: RedisBackend, redis_server: RedisServer, prefix: str, error: type[BaseException], where: str
     ) -> None:
         """gunicorn's worker timeout raises SystemExit wherever the thread is."""
         store.take([slot("warm", limit=10)])
         (line,) = store._lines._free
-        whole = getattr(line.conn, where)
+        whole = getattr(line.socket, where)
 
         def interrupted(*args: Any, **kwargs: Any) -> Any:
             whole(*args, **kwargs)
             raise error
 
-        setattr(line.conn, where, interrupted)
+        setattr(line.socket, where, interrupted)
         with pytest.raises(error):
             store.take([slot("cut")])
         for number in range(3):

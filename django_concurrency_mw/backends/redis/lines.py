@@ -3,12 +3,14 @@
 A call takes a connection for one round trip only, so the stack grows to the number of calls under way at once, not to the
 number of threads. deque.append and deque.pop are atomic.
 
-`Line.owed` is what a connection still has to answer, in order; each entry is what must be sent again if the connection dies
-first. After a time-out the connection is kept, and the release goes out behind the acquire on it: that order is safe.
+`Line.owed` is what a connection still has to answer, in order; each entry makes what must be sent again if the connection dies
+first, which hardly any does. After a time-out the connection is kept, and the release goes out behind the acquire on it: that
+order is safe.
 """
 
 from __future__ import annotations
 
+import builtins
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic, sleep
@@ -22,6 +24,11 @@ from .errors import is_demoted, is_final, passes
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
 from .redirects import Ask, Moved, Node, tries_again
+from .sockets import ReplySocket
+
+BuiltinTimeoutError = builtins.TimeoutError
+#: Makes the releases that take back what a command may have taken.
+Undo = Callable[[], Sequence[Release]]
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
 HEAR_AFTER, CLOSE_AFTER = 1.0, 60.0
@@ -35,40 +42,101 @@ PAUSE = 0.01
 MOST_OWED = 64
 
 
-class Line:
-    """One connection. `client` is who it is to the server, `used` the monotonic second of its last use."""
+def nothing() -> Sequence[Release]:
+    """The undo of what takes nothing."""
+    return ()
 
-    __slots__ = ("client", "conn", "late", "owed", "used")
+
+class Line:
+    """One connection, which is made. `client` is who it is to the server, `used` the monotonic second of its last use."""
+
+    __slots__ = ("client", "conn", "late", "owed", "socket", "used")
 
     def __init__(self, conn: Any) -> None:
         self.conn = conn
-        self.owed: deque[tuple[Sequence[Release], int]] = deque()
+        self.socket: ReplySocket = conn.bounded_socket
+        self.owed: deque[tuple[Undo, int]] = deque()
         self.late = 0
         self.client: Client | None = None
         self.used = monotonic()
 
+    def until(self, deadline: float) -> None:
+        """Everything from here on has to be over at `deadline` (monotonic seconds)."""
+        self.socket.deadline = deadline
+
     def send(self, packed: bytes) -> None:
-        self.conn.send_packed_command([packed], check_health=False)
+        """Raises: ConnectionError, TimeoutError; then it is closed, as a part may have been sent."""
+        try:
+            self.socket.sendall(packed)
+        except BaseException as error:
+            self.conn.disconnect()
+            if isinstance(error, OSError):
+                raise self._failure(error, "writing to") from error
+            raise
 
     def read(self) -> Any:
         """One reply; an error of the server's is returned. Raises: ConnectionError, TimeoutError."""
         try:
-            return self.conn.read_response(disconnect_on_error=False)
-        except ResponseError as error:
-            return refusal(self.conn, error)
+            number = self.socket.number()
+        except OSError as error:
+            raise self._unread(error) from error
+        return self._other() if number is None else number
+
+    def read_all(self, leftovers: Leftovers, detour: Detour) -> Any:
+        """Hear all owed entries but the last, whose reply it returns, and leaves it to whoever asked to cross that off.
+        Raises: ConnectionError, TimeoutError."""
+        due = 0
+        for _, replies in self.owed:
+            due += replies
+        try:
+            number = self.socket.last(due)
+        except OSError as error:
+            raise self._unread(error) from error
+        if number is not None:
+            return number
+        self.hear(len(self.owed) - 1, leftovers, detour)
+        return self.read()
 
     def hear(self, entries: int, leftovers: Leftovers, detour: Detour) -> None:
         """Read the replies of so many owed entries. What the server could not carry out now is left over."""
+        owed = self.owed
         for _ in range(entries):
-            releases, replies = self.owed[0]
+            undo, replies = owed[0]
             while replies:
                 reply = self.read()
                 replies -= 1
-                self.owed[0] = (releases, replies)
-                if passes(reply):  # the last replies are those of the last releases
+                if replies:
+                    owed[0] = (undo, replies)
+                if type(reply) is not int and passes(reply):  # the last replies are those of the last releases
+                    releases = undo()
                     refused = releases[len(releases) - 1 - replies :][:1]
-                    leftovers.add(detour.carry_out(refused, [reply], self.conn.deadline))
-            self.owed.popleft()
+                    leftovers.add(detour.carry_out(refused, [reply], self.socket.deadline))
+            owed.popleft()
+
+    def _other(self) -> Any:
+        """A reply that is no number, which redis-py reads."""
+        try:
+            return self.conn.read_response(disconnect_on_error=False)
+        except ResponseError as error:
+            return refusal(self.conn, error)
+        except TimeoutError as error:
+            if self.socket.is_late:
+                raise
+            # As above: it may have a part of the reply, and nobody knows of how much.
+            raise ConnectionError("a reply was interrupted") from error
+
+    def _unread(self, error: OSError) -> OSError | RedisError:
+        """Of what means that nothing was read."""
+        if isinstance(error, BuiltinTimeoutError) and not self.socket.is_late:
+            return error  # from a signal handler: what was read just then may be lost
+        return self._failure(error, "reading from")
+
+    def _failure(self, error: OSError, doing: str) -> RedisError:
+        """What redis-py would make of it."""
+        there = getattr(self.conn, "path", None) or f"{self.conn.host}:{self.conn.port}"
+        if isinstance(error, BuiltinTimeoutError) and error.errno is None:
+            return TimeoutError(f"Timeout {doing} {there}")
+        return ConnectionError(f"Error while {doing} {there}: {error}")
 
 
 class _Refused(RedisError):
@@ -99,7 +167,7 @@ class Lines:
     def __len__(self) -> int:
         return len(self._free)
 
-    def call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
+    def call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes]) -> Any:
         """One round trip. `undo` are the releases that take it back, `whole` makes the command that needs no script loaded.
 
         Raises: RedisError, OSError. What was taken by a command whose reply did not come is released.
@@ -111,7 +179,7 @@ class Lines:
                 return self._call(packed, undo, whole, deadline)
             except ResponseError as error:
                 # What takes nothing can be asked in parts, or later.
-                if not undo or not tries_again(error) or monotonic() + PAUSE > deadline:
+                if undo is nothing or not tries_again(error) or monotonic() + PAUSE > deadline:
                     raise
                 refused = error
             except TimeoutError as error:
@@ -120,7 +188,7 @@ class Lines:
                 raise refused from error  # which is why there was no time left
             sleep(PAUSE)
 
-    def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float) -> Any:
+    def _call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes], deadline: float) -> Any:
         try:
             line: Line | None = self._free.pop()
         except IndexError:
@@ -141,12 +209,12 @@ class Lines:
                 demoted = is_demoted(error.__cause__) and tries_left < TRIES - DEMOTED_TRIES
                 if not again or demoted or is_final(error):
                     if sent:  # and may have been carried out
-                        self._leftovers.add(undo)
+                        self._leftovers.add(undo())
                     raise
                 line = None
             except BaseException:
                 if sent and line is None:  # what was sent before may have been carried out, and nobody can be asked now
-                    self._leftovers.add(undo)
+                    self._leftovers.add(undo())
                 raise
         raise AssertionError("the last try returns or raises")
 
@@ -157,14 +225,15 @@ class Lines:
         except IndexError:
             self._leftovers.add(releases)
             return
+        entry: tuple[Undo, int] = (lambda: releases, len(releases))
         try:
-            line.conn.until(monotonic() + self._recipe.timeout)
+            line.until(monotonic() + self._recipe.timeout)
             if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
                 line.hear(len(line.owed) // 2, self._leftovers, self._detour)
-            line.owed.append((releases, len(releases)))
-            line.send(_together(releases))
+            line.owed.append(entry)
+            line.send(releases[0].packed if len(releases) == 1 else _together(releases))
         except BaseException as error:
-            if (releases, len(releases)) not in line.owed:
+            if entry not in line.owed:
                 self._leftovers.add(releases)
             self._lost(line, error)
             if not isinstance(error, (RedisError, OSError)):
@@ -191,7 +260,7 @@ class Lines:
             except ValueError:  # in use: it is heard
                 continue
             try:
-                line.conn.until(deadline)
+                line.until(deadline)
                 line.hear(len(line.owed), self._leftovers, self._detour)
             except BaseException as error:
                 self._lost(line, error)
@@ -258,7 +327,7 @@ class Lines:
                     self._free.appendleft(line)
                     break
                 try:
-                    line.conn.until(deadline)
+                    line.until(deadline)
                     line.hear(len(line.owed), self._leftovers, self._detour)
                 except TimeoutError:
                     line.late += 1
@@ -285,7 +354,7 @@ class Lines:
         self,
         line: Line,
         packed: bytes,
-        undo: Sequence[Release],
+        undo: Undo,
         whole: Callable[[], bytes],
         deadline: float,
     ) -> Any:
@@ -293,13 +362,11 @@ class Lines:
         again could take back what that takes."""
         sent = False
         try:
-            line.conn.until(deadline)
-            owed = len(line.owed)
+            line.socket.deadline = deadline
             line.owed.append((undo, 1))  # until the reply is read, this is what a lost connection leaves to do
             line.send(packed)
             sent = True
-            line.hear(owed, self._leftovers, self._detour)
-            reply = line.read()
+            reply = line.read_all(self._leftovers, self._detour)
         except TimeoutError:
             if sent:
                 self._late(line, undo)
@@ -315,6 +382,8 @@ class Lines:
         line.late = 0
         line.used = monotonic()
         self._free.append(line)
+        if type(reply) is int:
+            return reply
         if isinstance(reply, NoScriptError):
             return self._call(whole(), undo, whole, deadline)
         if isinstance(reply, Ask):
@@ -323,9 +392,7 @@ class Lines:
             raise reply
         return reply
 
-    def _ask_there(
-        self, ask: Ask, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float
-    ) -> Any:
+    def _ask_there(self, ask: Ask, packed: bytes, undo: Undo, whole: Callable[[], bytes], deadline: float) -> Any:
         """The reply of the node that the slot is moving to. Raises: RedisError, OSError; then it is not asked again."""
         self._astray()
         try:
@@ -333,23 +400,24 @@ class Lines:
             if isinstance(reply, NoScriptError):
                 (reply,) = self._detour.call(ask, [whole()], deadline)
         except BaseException as error:
-            self._leftovers.add(undo)
+            self._leftovers.add(undo())
             if isinstance(error, ConnectionError):  # not of the connection that this is the answer of
                 raise ask from error
             raise
         return reply
 
-    def _late(self, line: Line, undo: Sequence[Release]) -> None:
+    def _late(self, line: Line, undo: Undo) -> None:
         """No reply in time: the connection is in order all the same. The release goes behind the acquire."""
         line.late += 1
         if line.late > 1:
             self._lost(line)
             return
         try:
-            if undo:
-                line.conn.until(monotonic() + self._recipe.timeout)
-                line.owed.append((undo, len(undo)))
-                line.send(_together(undo))
+            releases = undo()
+            if releases:
+                line.until(monotonic() + self._recipe.timeout)
+                line.owed.append((lambda: releases, len(releases)))
+                line.send(_together(releases))
         except BaseException as error:
             self._lost(line)
             if not isinstance(error, (RedisError, OSError)):
@@ -360,8 +428,8 @@ class Lines:
     def _lost(self, line: Line, error: BaseException | None = None) -> None:
         self._recipe.gave_up(line.conn, error)
         self._leftovers.fence(line.client)
-        for releases, _ in line.owed:
-            self._leftovers.add(releases)
+        for undo, _ in line.owed:
+            self._leftovers.add(undo())
         line.owed.clear()
         line.conn.disconnect()
 
@@ -378,8 +446,8 @@ class Lines:
         conn: Any = None
         try:
             conn = self._recipe.connection(deadline)
-            line = Line(conn)
             conn.connect()
+            line = Line(conn)
             greeting = Greeting(work, instead_of)
             line.send(greeting.packed)
             replies = [line.read() for _ in range(greeting.replies)]
@@ -402,9 +470,9 @@ class Lines:
     def _open_there(self, there: Node, deadline: float, lost: Sequence[Client]) -> Line:
         """For the detour."""
         conn = self._recipe.connection(deadline, there)
-        line = Line(conn)
         try:
             conn.connect()
+            line = Line(conn)
             greeting = Greeting(Work(list(lost), []))
             line.send(greeting.packed)
             line.client, _ = greeting.heard([line.read() for _ in range(greeting.replies)])

@@ -137,8 +137,9 @@ class Keys:
     def take(self, slots: Sequence[Slot], *, whole: bool = False) -> bytes:
         """The one command that takes all of them."""
         if len(slots) == 1 and not whole:
-            key, holder = self._names(slots[0])
-            return b"%b%b%b%b" % (TAKE.head_of_one, key, self._terms(slots[0]), holder)
+            slot = slots[0]
+            key, holder = self._names(slot)
+            return b"%b%b%b%b" % (TAKE.head_of_one, key, self._terms(slot), holder)
         keys, arguments = [], []
         for slot in slots:
             key, holder = self._names(slot)
@@ -207,8 +208,10 @@ class Keys:
         """One command each, whose reply is an integer, and which is of use until the lease has ended by itself; and one more
         for all that somebody may wait for."""
         now = monotonic()
-        if len(slots) == 1 and not slots[0].waits and len(slots[0].memo) < 2:  # as nearly always
-            return [Release(self._release(slots[0]), now + slots[0].ttl)]
+        if len(slots) == 1:
+            slot = slots[0]
+            if not slot.waits and len(slot.memo) < 2:  # as nearly always
+                return [Release(self._release(slot), now + slot.ttl)]
         releases = [Release(self._release(slot), now + slot.ttl) for slot in slots]
         waited = [slot for slot in slots if slot.waits or len(slot.memo) > 1]
         if waited:
@@ -244,7 +247,7 @@ class Keys:
         return b"%b!waiter:%b" % (self.prefix, token)
 
     def _release(self, slot: Slot) -> bytes:
-        names = self._names(slot)
+        names = slot.memo[0] if slot.memo else self._names(slot)
         if slot.cost == 1:
             return b"*3\r\n$4\r\nZREM\r\n%b%b" % names
         return GIVE.call(names[:1], names[1:], 1, whole=True)
@@ -259,13 +262,12 @@ class Keys:
 
 def member(slot: Slot) -> bytes:
     """The name of this holder in the sorted set. One that is made anew from what a slot says is the same."""
-    return b"%b\n%d%b\n%b\n%b" % (
-        slot.token.encode(),
-        int(slot.since * 1000),
-        b"" if slot.cost == 1 else b"x%d" % slot.cost,
-        _text(slot.key.text),
-        _text(slot.path),
-    )
+    cost = "" if slot.cost == 1 else f"x{slot.cost}"
+    first = f"{slot.token}\n{int(slot.since * 1000)}{cost}\n"
+    stored = f"{first}{slot.key.text[:TEXT_LIMIT]}\n{slot.path[:TEXT_LIMIT]}".encode("utf-8", "replace")
+    if stored.count(SEPARATOR) == 3:
+        return stored
+    return b"%b%b\n%b" % (first.encode(), _text(slot.key.text), _text(slot.path))
 
 
 def _asked(slot: Slot) -> bytes:
