@@ -14,7 +14,7 @@ import builtins
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NoReturn
 
 from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
@@ -79,7 +79,7 @@ class Line:
         try:
             number = self.socket.number()
         except OSError as error:
-            raise self._unread(error) from error
+            self._give_up(error)
         return self._other() if number is None else number
 
     def read_all(self, leftovers: Leftovers, detour: Detour) -> Any:
@@ -91,7 +91,7 @@ class Line:
         try:
             number = self.socket.last(due)
         except OSError as error:
-            raise self._unread(error) from error
+            self._give_up(error)
         if number is not None:
             return number
         self.hear(len(self.owed) - 1, leftovers, detour)
@@ -125,11 +125,11 @@ class Line:
             # As above: it may have a part of the reply, and nobody knows of how much.
             raise ConnectionError("a reply was interrupted") from error
 
-    def _unread(self, error: OSError) -> OSError | RedisError:
-        """Of what means that nothing was read."""
+    def _give_up(self, error: OSError) -> NoReturn:
+        """Nothing was read."""
         if isinstance(error, BuiltinTimeoutError) and not self.socket.is_late:
-            return error  # from a signal handler: what was read just then may be lost
-        return self._failure(error, "reading from")
+            raise error  # from a signal handler: what was read just then may be lost
+        raise self._failure(error, "reading from") from error
 
     def _failure(self, error: OSError, doing: str) -> RedisError:
         """What redis-py would make of it."""
@@ -220,14 +220,15 @@ class Lines:
 
     def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; without a connection at hand they are left over, for somebody who has time to make one."""
+        entry: tuple[Undo, int] = (lambda: releases, len(releases))
+        now = monotonic()
         try:
             line = self._free.pop()
         except IndexError:
             self._leftovers.add(releases)
             return
-        entry: tuple[Undo, int] = (lambda: releases, len(releases))
         try:
-            line.until(monotonic() + self._recipe.timeout)
+            line.socket.deadline = now + self._recipe.timeout
             if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
                 line.hear(len(line.owed) // 2, self._leftovers, self._detour)
             line.owed.append(entry)
@@ -239,7 +240,7 @@ class Lines:
             if not isinstance(error, (RedisError, OSError)):
                 raise
             return
-        line.used = monotonic()
+        line.used = now
         self._free.append(line)
 
     def deliver(self) -> None:

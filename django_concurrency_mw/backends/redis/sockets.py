@@ -87,21 +87,19 @@ class ReplySocket(DeadlineSocket):
     def last(self, due: int) -> int | list[int] | None:
         """The last of so many replies, all of them taken off, if the others are numbers and it is one, or an array of them: as
         nearly always. None: nothing is taken off, or not all of that has come. Raises: OSError."""
-        unread = self._unread
-        while True:
+        unread = self._unread or self._more()
+        while unread:
             found = _numbers(unread)
             if found is None:
-                if unread:
-                    return self._last_array(due)
-            elif (whole := unread.count(b":")) >= due:
-                if whole > due:
-                    return None
+                return self._last_array(due)
+            here = unread.count(b":")
+            if here == due:
                 self._unread = b""
                 return int(found[1])
-            data = DeadlineSocket.recv(self, CHUNK)
-            if not data:
+            if here > due:
                 return None
-            unread = self._unread = unread + data
+            unread = self._more()
+        return None
 
     def _last_array(self, due: int) -> list[int] | None:
         found = _numbers_and_array(self._unread)
@@ -136,19 +134,24 @@ class ReplySocket(DeadlineSocket):
 
     def _next(self) -> tuple[int | list[int] | None, int]:
         """The next reply and its length, waited for; a length of 0 where no more will come."""
-        while True:
-            unread = self._unread
-            if unread:
-                try:
-                    value, end = reply(unread, 0)
-                except ValueError:  # no server says that, and redis-py says so
-                    return None, len(unread)
-                if end > 0:
-                    return value, end
-            data = DeadlineSocket.recv(self, max(CHUNK, len(unread)))
-            if not data:
-                return None, 0
-            self._unread = unread + data
+        unread = self._unread or self._more()
+        while unread:
+            try:
+                value, end = reply(unread, 0)
+            except ValueError:  # no server says that, and redis-py says so
+                return None, len(unread)
+            if end > 0:
+                return value, end
+            unread = self._more()
+        return None, 0
+
+    def _more(self) -> bytes:
+        """All that is unread when more has come; nothing where no more will."""
+        data = super().recv(max(CHUNK, len(self._unread)))
+        if not data:
+            return data
+        self._unread += data
+        return self._unread
 
 
 def left_until(deadline: float, step: float | None) -> float:
