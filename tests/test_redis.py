@@ -224,6 +224,7 @@ class TestOneScript:
         assert isinstance(store.take([nasty]), Taken)
         (holder,) = store.snapshot()
         assert holder.token == nasty.token
+        assert (holder.key, holder.path) == (nasty.key.text[:120].replace("\n", " "), "/a b?")
         assert len(member(nasty)) < 1000
         store.give([nasty])
         assert store.snapshot() == []

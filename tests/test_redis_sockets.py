@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.utils import HIREDIS_AVAILABLE
 
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import sockets
@@ -57,22 +58,23 @@ class Talk:
     """A line to a server that says what a test wants it to."""
 
     def __init__(self, protocol: int = 2) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
-            recipe = Recipe(BackendConfig("default", "redis", url, options={"protocol": protocol}))
-            conn = recipe.connection(monotonic() + SOON)
-            made = threading.Event()
-            with ThreadPoolExecutor(1) as others:
-                greeting = others.submit(_greet, listening, made)
-                conn.connect()
-                made.set()
-                self.server = greeting.result(SOON)
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{self.listening.getsockname()[1]}"
+        recipe = Recipe(BackendConfig("default", "redis", url, options={"protocol": protocol}))
+        conn = recipe.connection(monotonic() + SOON)
+        made = threading.Event()
+        with ThreadPoolExecutor(1) as others:
+            greeting = others.submit(_greet, self.listening, made)
+            conn.connect()
+            made.set()
+            self.server = greeting.result(SOON)
         self.line = Line(conn)
         self.line.until(monotonic() + SOON)
 
     def close(self) -> None:
         self.line.conn.disconnect()
         self.server.close()
+        self.listening.close()
 
 
 def _greet(listening: socket.socket, made: threading.Event) -> socket.socket:
@@ -104,10 +106,12 @@ def _is(reply: Any, value: Any) -> bool:
 def test_each_reply_is_read_once_and_in_order_however_it_comes(protocol: int) -> None:
     """Cut anywhere, with time-outs between the parts, and with what nobody has asked for between the replies."""
     dice = random.Random(protocol)
+    # redis-py 5 takes one for the reply where hiredis reads.
+    pushed = protocol == 3 and not (HIREDIS_AVAILABLE and redis.__version__.startswith("5."))
     with talk(protocol) as one:
         for _ in range(150 if LONG else 30):
             chosen = dice.choices([*REPLIES, NOTHING[protocol]], k=dice.randint(1, 8))
-            stream = b"".join((PUSH if protocol == 3 and dice.random() < 0.3 else b"") + said for said, _ in chosen)
+            stream = b"".join([(PUSH if pushed and dice.random() < 0.3 else b"") + said for said, _ in chosen])
             got: list[Any] = []
             while stream:
                 cut = dice.randint(1, len(stream))
@@ -240,25 +244,30 @@ class TestSending:
             one.line.until(monotonic() + 0.05)
             with pytest.raises(redis.TimeoutError):
                 one.line.send(bytes(50_000_000))
-            assert not one.line.conn.is_connected
+            assert _is_closed(one.line)
 
     def test_nothing_is_written_to_a_descriptor_that_is_somebody_elses_by_now(self) -> None:
+        """And it does not connect by itself, to a server that knows nothing of what is owed."""
+        read, write = os.pipe()
+        os.set_blocking(read, False)
         with talk() as one:
             number = one.line.socket.fileno()
             one.line.conn.disconnect()
-            read, write = os.pipe()
-            os.set_blocking(read, False)
-            if write != number:
-                os.dup2(write, number)
-            try:
-                with pytest.raises(redis.ConnectionError):
-                    one.line.send(b"PING\r\n")
-                with pytest.raises(BlockingIOError):
-                    os.read(read, 1)
-                assert not one.line.conn.is_connected, "it does not connect by itself, to a server that knows nothing"
-            finally:
-                for each in {read, write, number}:
-                    os.close(each)
+            os.dup2(write, number)
+            one.line.until(monotonic() + 0.2)
+            with pytest.raises(redis.ConnectionError):
+                one.line.send(b"PING\r\n")
+            with pytest.raises(BlockingIOError):
+                os.read(read, 1)
+            one.listening.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                one.listening.accept()
+            for each in (read, write, number):
+                os.close(each)
+
+
+def _is_closed(line: Line) -> bool:
+    return bool(line.socket.fileno() < 0)
 
 
 @pytest.fixture
@@ -307,7 +316,7 @@ class TestInterrupted:
         finally:
             signal.signal(signal.SIGUSR1, former)
         assert line not in store._lines._free
-        assert not line.conn.is_connected
+        assert _is_closed(line)
         assert count(store, "warm") == 1
         assert wait_until(lambda: redis_server.held(prefix) == 1)
 
