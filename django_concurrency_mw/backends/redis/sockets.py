@@ -52,7 +52,7 @@ class DeadlineSocket:
         if self._writes:
             try:
                 sent = os.write(self._inner.fileno(), data)
-            except BlockingIOError:  # the server does not read, so neither does it go out below before it does
+            except BlockingIOError:  # the kernel has too much of ours that the server does not read
                 sent = 0
             if sent == len(data):  # as nearly always
                 return

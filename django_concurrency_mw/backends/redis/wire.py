@@ -247,27 +247,25 @@ class Keys:
         return b"%b!waiter:%b" % (self.prefix, token)
 
     def _release(self, slot: Slot) -> bytes:
-        names = slot.memo[0] if slot.memo else self._names(slot)
+        names = self._names(slot)
         if slot.cost == 1:
             return b"*3\r\n$4\r\nZREM\r\n%b%b" % names
         return GIVE.call(names[:1], names[1:], 1, whole=True)
 
     def _names(self, slot: Slot) -> tuple[bytes, bytes]:
         """The packed names of a slot's semaphore and of its holder; kept with the slot, as the release needs them again."""
-        if not slot.memo:
-            slot.memo.append((self.semaphore(slot), bulk(member(slot))))
-        names: tuple[bytes, bytes] = slot.memo[0]
+        if slot.memo:
+            return slot.memo[0]  # type: ignore[no-any-return]  # as below
+        names = self.semaphore(slot), bulk(member(slot))
+        slot.memo.append(names)
         return names
 
 
 def member(slot: Slot) -> bytes:
     """The name of this holder in the sorted set. One that is made anew from what a slot says is the same."""
     cost = "" if slot.cost == 1 else f"x{slot.cost}"
-    first = f"{slot.token}\n{int(slot.since * 1000)}{cost}\n"
-    stored = f"{first}{slot.key.text[:TEXT_LIMIT]}\n{slot.path[:TEXT_LIMIT]}".encode("utf-8", "replace")
-    if stored.count(SEPARATOR) == 3:
-        return stored
-    return b"%b%b\n%b" % (first.encode(), _text(slot.key.text), _text(slot.path))
+    text, path = slot.key.text[:TEXT_LIMIT].replace("\n", " "), slot.path[:TEXT_LIMIT].replace("\n", " ")
+    return f"{slot.token}\n{int(slot.since * 1000)}{cost}\n{text}\n{path}".encode("utf-8", "replace")
 
 
 def _asked(slot: Slot) -> bytes:
