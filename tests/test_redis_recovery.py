@@ -21,7 +21,7 @@ from redis.retry import Retry
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis.greeting import Greeting
 from django_concurrency_mw.backends.redis.leftovers import Work
-from django_concurrency_mw.backends.redis.lines import Line, nothing
+from django_concurrency_mw.backends.redis.line import Line, nothing
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import pack
 from django_concurrency_mw.exceptions import BackendError

@@ -23,7 +23,7 @@ from redis.utils import HIREDIS_AVAILABLE
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis import sockets
 from django_concurrency_mw.backends.redis.connecting import Recipe
-from django_concurrency_mw.backends.redis.lines import Line
+from django_concurrency_mw.backends.redis.line import Line
 from django_concurrency_mw.backends.redis.sockets import ReplySocket
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.exceptions import BackendError

@@ -34,7 +34,8 @@ from . import rights, tls, wire
 from .errors import classed, is_replica
 from .finding import recipe_for
 from .leftovers import Leftovers
-from .lines import Lines, Undo, nothing
+from .line import Undo, nothing
+from .lines import Lines
 from .listening import Ear
 from .looking import Looks
 from .mux import Mux

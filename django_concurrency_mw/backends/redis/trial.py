@@ -11,7 +11,8 @@ from django.core.checks import CheckMessage, Warning
 from . import rights, wire
 from .connecting import Recipe
 from .leftovers import Leftovers
-from .lines import Lines, Undo, nothing
+from .line import Undo, nothing
+from .lines import Lines
 
 #: Says maxmemory and its policy, to a user who may not CONFIG GET.
 INFO = wire.pack(b"INFO", b"memory")
