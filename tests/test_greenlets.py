@@ -119,7 +119,7 @@ from django_concurrency_mw import conf, health
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.host import bells
 from django_concurrency_mw.backends.memory import MemoryBackend
-from django_concurrency_mw.backends.redis import connecting, sentinel
+from django_concurrency_mw.backends.redis import connecting, sentinel, sockets
 from django_concurrency_mw.backends.redis.store import RedisBackend
 
 OPTIONS = {"sentinels": ["redis://a"], "master_name": "limits"}
@@ -168,27 +168,27 @@ def asks():
     bounded.deadline = monotonic() + 0.05
 
     def talk():
-        heard = [bounded.recv(1), bounded.recv(1)]
+        heard = [bounded.recv(64), bounded.recv(64)]
         bounded.sendall(b"x")
         try:
-            bounded.recv(1)
+            bounded.recv(64)
         except TimeoutError:
             heard.append(b"late")
         return heard
 
     talking = gevent.spawn(talk)
     gevent.sleep(0)
-    theirs.sendall(b"a")
+    theirs.sendall(b"+a\\r\\n")
     end = monotonic() + 0.2
     while monotonic() < end:  # nobody else has a turn
         pass
     gevent.sleep(0)
-    theirs.sendall(b"b")
-    assert talking.get(timeout=60) == [b"a", b"b", b"late"]
-    bounded.deadline = monotonic() - connecting.STEPS
-    theirs.sendall(b"c")
+    theirs.sendall(b"+b\\r\\n")
+    assert talking.get(timeout=60) == [b"+a\\r\\n", b"+b\\r\\n", b"late"]
+    bounded.deadline = monotonic() - sockets.STEPS
+    theirs.sendall(b"+c\\r\\n")
     try:
-        bounded.recv(1)
+        bounded.recv(64)
     except TimeoutError:
         return
     raise AssertionError("it goes on for ever")

@@ -224,6 +224,7 @@ class TestOneScript:
         assert isinstance(store.take([nasty]), Taken)
         (holder,) = store.snapshot()
         assert holder.token == nasty.token
+        assert (holder.key, holder.path) == (nasty.key.text[:120].replace("\n", " "), "/a b?")
         assert len(member(nasty)) < 1000
         store.give([nasty])
         assert store.snapshot() == []
@@ -333,20 +334,20 @@ class TestThreads:
         assert wait_until(lambda: taken(through_proxy, slot("late")))
 
     @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-    @pytest.mark.parametrize("where", ["send_packed_command", "read_response"])
+    @pytest.mark.parametrize("where", ["sendall", "last"])
     def test_what_interrupts_a_call_leaves_no_slot_and_no_confusion(
         self, store: RedisBackend, redis_server: RedisServer, prefix: str, error: type[BaseException], where: str
     ) -> None:
         """gunicorn's worker timeout raises SystemExit wherever the thread is."""
         store.take([slot("warm", limit=10)])
         (line,) = store._lines._free
-        whole = getattr(line.conn, where)
+        whole = getattr(line.socket, where)
 
         def interrupted(*args: Any, **kwargs: Any) -> Any:
             whole(*args, **kwargs)
             raise error
 
-        setattr(line.conn, where, interrupted)
+        setattr(line.socket, where, interrupted)
         with pytest.raises(error):
             store.take([slot("cut")])
         for number in range(3):

@@ -21,7 +21,7 @@ from redis.retry import Retry
 from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis.greeting import Greeting
 from django_concurrency_mw.backends.redis.leftovers import Work
-from django_concurrency_mw.backends.redis.lines import Line
+from django_concurrency_mw.backends.redis.line import Line, nothing
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import pack
 from django_concurrency_mw.exceptions import BackendError
@@ -293,7 +293,7 @@ class TestIdleLines:
         lines = new_lines(store, 16)
         proxy.black_hole = True
         for line in lines:
-            line.owed.append(((), 1))
+            line.owed.append((nothing, 1))
             line.send(pack(b"PING"))
         store._lines._free.extend(lines)
         start = monotonic()
@@ -307,7 +307,7 @@ class TestIdleLines:
         store = make(socket_timeout=0.25)
         lines = new_lines(store, 40)
         for number, line in enumerate(lines, 1):
-            line.owed.append(((), 1))
+            line.owed.append((nothing, 1))
             line.send(pack(b"BLPOP", b"nothing", b"%.1f" % (0.1 * number)))
         store._lines._free.extend(lines)
         store._lines.tend()
@@ -560,8 +560,8 @@ class TestErrorsThatNobodyExpects:
             for one in (lost, heard):
                 store.take([one])
             store._lines._free.append(broken)
-            broken.conn.send_packed_command = lambda *arguments, **keywords: None
-            broken.conn.read_response = breaks
+            broken.socket.sendall = lambda data: None
+            broken.socket.number = breaks
             store.give([lost])
             store._lines._free.append(behind)
             store.give([heard])
@@ -571,7 +571,6 @@ class TestErrorsThatNobodyExpects:
         with keeper._working:
             assert {before, behind} <= set(store._lines._free)
             assert broken not in store._lines._free
-        del broken.conn.read_response, broken.conn.send_packed_command  # whoever closes it may want them
         broken.conn.disconnect()
 
     def test_what_is_asked_by_hand_fails_as_a_store_that_is_away(self, make: Make) -> None:
@@ -752,7 +751,7 @@ class TestHalfHeard:
         store = make(proxy.url, socket_timeout=0.1)
         store._lines._free.extend(new_lines(store, 3))
         for line in store._lines._free:
-            line.owed.append(([], 1))
+            line.owed.append((nothing, 1))
         store.close()
         assert len(store._lines) == 0
 

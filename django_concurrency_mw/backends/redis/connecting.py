@@ -6,7 +6,6 @@ several: here one deadline covers connecting, the handshake and the reply togeth
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
@@ -35,14 +34,13 @@ from .options import (
     without_query,
 )
 from .redirects import Node, Remap, following, raising, understood
+from .sockets import ReplySocket, in_time, left_until
 from .where import Fixed, Where
 
 DEFAULT_LOCATION = "redis://127.0.0.1:6379/0"
 DEFAULT_TIMEOUT = 0.25
 #: Seconds that a call by hand may take.
 BY_HAND = 5.0
-#: Of greenlets each step may take the time of a call, and a call so many of these in all.
-STEPS = 20
 
 
 class Recipe:
@@ -179,69 +177,6 @@ def _quiet(connection_class: type) -> dict[str, Any]:
     return {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
 
 
-class DeadlineSocket:
-    """A socket whose every call has what is left until `deadline` (monotonic seconds), to within 5 percent.
-
-    A greenlet that waits comes to its turn when all the others have had theirs, in a burst long after the reply has come: that
-    time would be held against the server. So each of its calls has `step` seconds of its own (None: there are threads).
-    """
-
-    def __init__(self, inner: socket.socket, deadline: float, step: float | None) -> None:
-        self._inner, self.deadline, self._step, self._set = inner, deadline, step, 0.0
-
-    def recv(self, *arguments: Any) -> bytes:
-        if self._step is None:
-            self._bound()
-            return self._inner.recv(*arguments)
-        return in_time(self._bound, self._inner.recv, *arguments)  # type: ignore[no-any-return]  # what recv returns
-
-    def recv_into(self, *arguments: Any) -> int:
-        if self._step is None:
-            self._bound()
-            return self._inner.recv_into(*arguments)
-        return in_time(self._bound, self._inner.recv_into, *arguments)  # type: ignore[no-any-return]  # and recv_into
-
-    def sendall(self, *arguments: Any) -> None:
-        self._bound()
-        self._inner.sendall(*arguments)
-
-    def settimeout(self, value: float | None) -> None:
-        """redis-py sets the timeout of the call to come; ours is the deadline."""
-
-    def _bound(self) -> float:
-        left = self.deadline - monotonic()
-        if self._step is not None or left <= 0:
-            left = left_until(self.deadline, self._step)
-        if not 0.95 * self._set <= left <= 1.05 * self._set:  # setting it is a system call, and mostly it stands
-            self._inner.settimeout(left)
-            self._set = left
-        return left
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-def left_until(deadline: float, step: float | None) -> float:
-    """Seconds that the next call may take. Raises: TimeoutError where that is none."""
-    left = deadline - monotonic()
-    if step is not None and left > -STEPS * step:
-        return step
-    if left <= 0:
-        raise TimeoutError("the deadline has passed")
-    return left
-
-
-def in_time(bound: Callable[[], float], call: Callable[..., Any], *arguments: Any) -> Any:
-    """Make this call, once more where it gives up too early: the timers of greenlets begin with the turn of all the others."""
-    while True:
-        left, began = bound(), monotonic()
-        try:
-            return call(*arguments)
-        except TimeoutError as error:
-            if error.errno is not None or monotonic() - began > 0.9 * left:  # the kernel's own comes once
-                raise
-
-
 def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
     """The same kind of connection, with one deadline for all that happens on its socket."""
 
@@ -257,7 +192,7 @@ def _with_deadline(connection_class: type[AbstractConnection]) -> type[AbstractC
                 self.socket_connect_timeout = self.socket_timeout = left  # the latter for the handshake of TLS
                 return left
 
-            self.bounded_socket = DeadlineSocket(in_time(bound, super()._connect), self.deadline, step)
+            self.bounded_socket = ReplySocket(in_time(bound, super()._connect), self.deadline, step)
             return self.bounded_socket
 
         def until(self, deadline: float) -> None:

@@ -86,7 +86,7 @@ class Detour:
                 self._line, self._there = self._open(there, deadline, tuple(self._lost)), there
                 self._lost.clear()
             line = self._line
-            line.conn.until(deadline)
+            line.until(deadline)
             line.send(b"".join([ASKING + each for each in packed]))
             replies = [line.read()]
             if isinstance(replies[0], Exception):

@@ -3,8 +3,7 @@
 A call takes a connection for one round trip only, so the stack grows to the number of calls under way at once, not to the
 number of threads. deque.append and deque.pop are atomic.
 
-`Line.owed` is what a connection still has to answer, in order; each entry is what must be sent again if the connection dies
-first. After a time-out the connection is kept, and the release goes out behind the acquire on it: that order is safe.
+After a time-out the connection is kept, and the release goes out behind the acquire on it: that order is safe.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from typing import Any
 
 from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
-from .connecting import Recipe, refusal
+from .connecting import Recipe
 from .detour import Detour
-from .errors import is_demoted, is_final, passes
+from .errors import is_demoted, is_final
 from .greeting import Greeting
 from .leftovers import Client, Leftovers, Release, Work
+from .line import Line, Undo, nothing
 from .redirects import Ask, Moved, Node, tries_again
 
 #: Seconds after which an idle connection's owed replies are heard, and after which it is closed.
@@ -33,42 +33,6 @@ DEMOTED_TRIES = 3
 PAUSE = 0.01
 #: Replies that a connection may owe before the older half is heard.
 MOST_OWED = 64
-
-
-class Line:
-    """One connection. `client` is who it is to the server, `used` the monotonic second of its last use."""
-
-    __slots__ = ("client", "conn", "late", "owed", "used")
-
-    def __init__(self, conn: Any) -> None:
-        self.conn = conn
-        self.owed: deque[tuple[Sequence[Release], int]] = deque()
-        self.late = 0
-        self.client: Client | None = None
-        self.used = monotonic()
-
-    def send(self, packed: bytes) -> None:
-        self.conn.send_packed_command([packed], check_health=False)
-
-    def read(self) -> Any:
-        """One reply; an error of the server's is returned. Raises: ConnectionError, TimeoutError."""
-        try:
-            return self.conn.read_response(disconnect_on_error=False)
-        except ResponseError as error:
-            return refusal(self.conn, error)
-
-    def hear(self, entries: int, leftovers: Leftovers, detour: Detour) -> None:
-        """Read the replies of so many owed entries. What the server could not carry out now is left over."""
-        for _ in range(entries):
-            releases, replies = self.owed[0]
-            while replies:
-                reply = self.read()
-                replies -= 1
-                self.owed[0] = (releases, replies)
-                if passes(reply):  # the last replies are those of the last releases
-                    refused = releases[len(releases) - 1 - replies :][:1]
-                    leftovers.add(detour.carry_out(refused, [reply], self.conn.deadline))
-            self.owed.popleft()
 
 
 class _Refused(RedisError):
@@ -99,7 +63,7 @@ class Lines:
     def __len__(self) -> int:
         return len(self._free)
 
-    def call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
+    def call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes]) -> Any:
         """One round trip. `undo` are the releases that take it back, `whole` makes the command that needs no script loaded.
 
         Raises: RedisError, OSError. What was taken by a command whose reply did not come is released.
@@ -111,7 +75,7 @@ class Lines:
                 return self._call(packed, undo, whole, deadline)
             except ResponseError as error:
                 # What takes nothing can be asked in parts, or later.
-                if not undo or not tries_again(error) or monotonic() + PAUSE > deadline:
+                if undo is nothing or not tries_again(error) or monotonic() + PAUSE > deadline:
                     raise
                 refused = error
             except TimeoutError as error:
@@ -120,7 +84,7 @@ class Lines:
                 raise refused from error  # which is why there was no time left
             sleep(PAUSE)
 
-    def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float) -> Any:
+    def _call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes], deadline: float) -> Any:
         try:
             line: Line | None = self._free.pop()
         except IndexError:
@@ -141,36 +105,38 @@ class Lines:
                 demoted = is_demoted(error.__cause__) and tries_left < TRIES - DEMOTED_TRIES
                 if not again or demoted or is_final(error):
                     if sent:  # and may have been carried out
-                        self._leftovers.add(undo)
+                        self._leftovers.add(undo())
                     raise
                 line = None
             except BaseException:
                 if sent and line is None:  # what was sent before may have been carried out, and nobody can be asked now
-                    self._leftovers.add(undo)
+                    self._leftovers.add(undo())
                 raise
         raise AssertionError("the last try returns or raises")
 
     def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; without a connection at hand they are left over, for somebody who has time to make one."""
+        entry: tuple[Undo, int] = (lambda: releases, len(releases))
+        now = monotonic()
         try:
             line = self._free.pop()
         except IndexError:
             self._leftovers.add(releases)
             return
         try:
-            line.conn.until(monotonic() + self._recipe.timeout)
+            line.socket.deadline = now + self._recipe.timeout
             if len(line.owed) >= MOST_OWED:  # nobody calls on this connection; the older replies have come long ago
                 line.hear(len(line.owed) // 2, self._leftovers, self._detour)
-            line.owed.append((releases, len(releases)))
-            line.send(_together(releases))
+            line.owed.append(entry)
+            line.send(releases[0].packed if len(releases) == 1 else _together(releases))
         except BaseException as error:
-            if (releases, len(releases)) not in line.owed:
+            if entry not in line.owed:
                 self._leftovers.add(releases)
             self._lost(line, error)
             if not isinstance(error, (RedisError, OSError)):
                 raise
             return
-        line.used = monotonic()
+        line.used = now
         self._free.append(line)
 
     def deliver(self) -> None:
@@ -191,7 +157,7 @@ class Lines:
             except ValueError:  # in use: it is heard
                 continue
             try:
-                line.conn.until(deadline)
+                line.until(deadline)
                 line.hear(len(line.owed), self._leftovers, self._detour)
             except BaseException as error:
                 self._lost(line, error)
@@ -258,7 +224,7 @@ class Lines:
                     self._free.appendleft(line)
                     break
                 try:
-                    line.conn.until(deadline)
+                    line.until(deadline)
                     line.hear(len(line.owed), self._leftovers, self._detour)
                 except TimeoutError:
                     line.late += 1
@@ -285,7 +251,7 @@ class Lines:
         self,
         line: Line,
         packed: bytes,
-        undo: Sequence[Release],
+        undo: Undo,
         whole: Callable[[], bytes],
         deadline: float,
     ) -> Any:
@@ -293,13 +259,11 @@ class Lines:
         again could take back what that takes."""
         sent = False
         try:
-            line.conn.until(deadline)
-            owed = len(line.owed)
+            line.socket.deadline = deadline
             line.owed.append((undo, 1))  # until the reply is read, this is what a lost connection leaves to do
             line.send(packed)
             sent = True
-            line.hear(owed, self._leftovers, self._detour)
-            reply = line.read()
+            reply = line.read_all(self._leftovers, self._detour)
         except TimeoutError:
             if sent:
                 self._late(line, undo)
@@ -315,6 +279,8 @@ class Lines:
         line.late = 0
         line.used = monotonic()
         self._free.append(line)
+        if type(reply) is int:
+            return reply
         if isinstance(reply, NoScriptError):
             return self._call(whole(), undo, whole, deadline)
         if isinstance(reply, Ask):
@@ -323,9 +289,7 @@ class Lines:
             raise reply
         return reply
 
-    def _ask_there(
-        self, ask: Ask, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes], deadline: float
-    ) -> Any:
+    def _ask_there(self, ask: Ask, packed: bytes, undo: Undo, whole: Callable[[], bytes], deadline: float) -> Any:
         """The reply of the node that the slot is moving to. Raises: RedisError, OSError; then it is not asked again."""
         self._astray()
         try:
@@ -333,23 +297,24 @@ class Lines:
             if isinstance(reply, NoScriptError):
                 (reply,) = self._detour.call(ask, [whole()], deadline)
         except BaseException as error:
-            self._leftovers.add(undo)
+            self._leftovers.add(undo())
             if isinstance(error, ConnectionError):  # not of the connection that this is the answer of
                 raise ask from error
             raise
         return reply
 
-    def _late(self, line: Line, undo: Sequence[Release]) -> None:
+    def _late(self, line: Line, undo: Undo) -> None:
         """No reply in time: the connection is in order all the same. The release goes behind the acquire."""
         line.late += 1
         if line.late > 1:
             self._lost(line)
             return
         try:
-            if undo:
-                line.conn.until(monotonic() + self._recipe.timeout)
-                line.owed.append((undo, len(undo)))
-                line.send(_together(undo))
+            releases = undo()
+            if releases:
+                line.until(monotonic() + self._recipe.timeout)
+                line.owed.append((lambda: releases, len(releases)))
+                line.send(_together(releases))
         except BaseException as error:
             self._lost(line)
             if not isinstance(error, (RedisError, OSError)):
@@ -360,8 +325,8 @@ class Lines:
     def _lost(self, line: Line, error: BaseException | None = None) -> None:
         self._recipe.gave_up(line.conn, error)
         self._leftovers.fence(line.client)
-        for releases, _ in line.owed:
-            self._leftovers.add(releases)
+        for undo, _ in line.owed:
+            self._leftovers.add(undo())
         line.owed.clear()
         line.conn.disconnect()
 
@@ -378,8 +343,8 @@ class Lines:
         conn: Any = None
         try:
             conn = self._recipe.connection(deadline)
-            line = Line(conn)
             conn.connect()
+            line = Line(conn)
             greeting = Greeting(work, instead_of)
             line.send(greeting.packed)
             replies = [line.read() for _ in range(greeting.replies)]
@@ -402,9 +367,9 @@ class Lines:
     def _open_there(self, there: Node, deadline: float, lost: Sequence[Client]) -> Line:
         """For the detour."""
         conn = self._recipe.connection(deadline, there)
-        line = Line(conn)
         try:
             conn.connect()
+            line = Line(conn)
             greeting = Greeting(Work(list(lost), []))
             line.send(greeting.packed)
             line.client, _ = greeting.heard([line.read() for _ in range(greeting.replies)])

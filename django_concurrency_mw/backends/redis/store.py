@@ -33,7 +33,8 @@ from ..base import RESTORE_WITHIN, BackendConfig, BaseBackend, Holder, Restore, 
 from . import rights, tls, wire
 from .errors import classed, is_replica
 from .finding import recipe_for
-from .leftovers import Leftovers, Release
+from .leftovers import Leftovers
+from .line import Undo, nothing
 from .lines import Lines
 from .listening import Ear
 from .looking import Looks
@@ -84,21 +85,23 @@ class RedisBackend(BaseBackend):
         self._muxes: dict[asyncio.AbstractEventLoop, Mux] = {}
         self._ear = Ear(self._recipe, self._channel, self._deaf, self._stray)
         self._recipe.found = self._found
+        #: May the server to ask be another one tomorrow?
+        self._moves = type(self._recipe.where) is not Fixed
         self._tended = self._delivering = self._hearing = self._hearing_later = False
         #: What was logged last of what may come again and again.
         self._said = ""
         _stores.add(self)
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
-        whole = partial(self._keys.take, slots, whole=True)
-        reply = self._call(self._keys.take(slots), self._keys.give(slots), whole)
+        keys = self._keys
+        reply = self._call(keys.take(slots), lambda: keys.give(slots), lambda: keys.take(slots, whole=True))
         return wire.taken(reply, slots)
 
     def queue(self, slots: Sequence[Slot], most: Sequence[int | None], bell: Bell) -> QueueReply:
         hears = self._ear.hears(slots[0].token, bell)
         ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
         try:
-            reply = self._call(ask(), self._keys.give(slots), partial(ask, whole=True))
+            reply = self._call(ask(), partial(self._keys.give, slots), partial(ask, whole=True))
         except BackendError as error:
             return _later(error, slots, most)
         if wire.stands_still(reply, slots):
@@ -118,7 +121,7 @@ class RedisBackend(BaseBackend):
 
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._lines.tell(self._keys.give(slots))
-        if not self._hearing_later and type(self._recipe.where) is not Fixed:
+        if self._moves and not self._hearing_later:
             self._hearing_later = True
             keeper.at(HEAR_WITHIN, self._hear_later)
         return [True] * len(slots)
@@ -130,7 +133,7 @@ class RedisBackend(BaseBackend):
         return held
 
     def _renew(self, slots: Sequence[tuple[Slot, float]]) -> list[bool]:
-        return self._held(self._call(self._keys.renew(slots), (), partial(self._keys.renew, slots, whole=True)))
+        return self._held(self._call(self._keys.renew(slots), nothing, partial(self._keys.renew, slots, whole=True)))
 
     def restore(self, holders: Sequence[Restore]) -> Sequence[bool]:
         held: list[bool] = []
@@ -141,18 +144,18 @@ class RedisBackend(BaseBackend):
     def claim(self, slots: Sequence[tuple[Slot, Slot]]) -> bool:
         packed = self._keys.claim(slots)
         # Whoever is not told that he has claimed does not hold: only behind the claim itself a release cannot overtake it.
-        undo = self._keys.give([new for _, new in slots])
-        return wire.claimed(self._call(packed, undo, lambda: packed), [new for _, new in slots])
+        news = [new for _, new in slots]
+        return wire.claimed(self._call(packed, partial(self._keys.give, news), lambda: packed), news)
 
     def _restore(self, holders: Sequence[Restore]) -> list[bool]:
-        seconds, micros = self._call(wire.TIME, (), lambda: wire.TIME)
+        seconds, micros = self._call(wire.TIME, nothing, lambda: wire.TIME)
         # The server's clock was read before ours is: what is left of a lease by this reckoning is never too long.
         then, now = int(seconds) * 1000 + int(micros) // 1000, monotonic()
         packed = self._keys.restore(
             [(slot, lease, then + int(1000 * min(FAR, until - now))) for slot, lease, until in holders],
             then + int(1000 * min(RESTORE_WITHIN, self._recipe.timeout)),
         )
-        reply = self._call(packed, (), lambda: packed)
+        reply = self._call(packed, nothing, lambda: packed)
         if 2 in reply:
             raise BackendError("the holders could not be counted again in time", whole=False)
         # A stand-in stays one where a key of another type is in the way: its process goes on counting it.
@@ -209,12 +212,12 @@ class RedisBackend(BaseBackend):
         if not slots:
             return []
         packed = self._keys.count(slots)
-        reply: list[int] = self._call(packed, (), lambda: packed)
+        reply: list[int] = self._call(packed, nothing, lambda: packed)
         return reply
 
     def note(self, peaks: Mapping[str, int]) -> None:
         packed = self._keys.note(peaks, process_id(), socket.gethostname(), os.getpid())
-        self._call(packed, (), lambda: packed)
+        self._call(packed, nothing, lambda: packed)
 
     def peaks(self) -> Mapping[str, int]:
         return self._looks.peaks()
@@ -270,11 +273,11 @@ class RedisBackend(BaseBackend):
         slot = probe_slot()
         self.take((replace(slot, limit=0),))  # what is done where there is no room
         for release in self._keys.give((slot,)):
-            self._call(release.packed, (), partial(bytes, release.packed))
+            self._call(release.packed, nothing, partial(bytes, release.packed))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
+    def _call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes]) -> Any:
         try:
             return self._lines.call(packed, undo, whole)
         except Exception as error:  # also what a keyword or a credential provider of the project's raises
@@ -351,7 +354,7 @@ class RedisBackend(BaseBackend):
 
     def _astray(self) -> None:
         """The server to ask is another one now, or soon: so it is for releases that idle connections have sent."""
-        if not self._hearing and type(self._recipe.where) is not Fixed:
+        if self._moves and not self._hearing:
             self._hearing = True
             keeper.at(HEAR_SOON, self._hear)
 

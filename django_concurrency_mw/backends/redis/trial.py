@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -10,7 +10,8 @@ from django.core.checks import CheckMessage, Warning
 
 from . import rights, wire
 from .connecting import Recipe
-from .leftovers import Leftovers, Release
+from .leftovers import Leftovers
+from .line import Undo, nothing
 from .lines import Lines
 
 #: Says maxmemory and its policy, to a user who may not CONFIG GET.
@@ -25,7 +26,7 @@ class Trial(Lines):
         self.deadline = monotonic() + recipe.timeout
         self.answered = False
 
-    def call(self, packed: bytes, undo: Sequence[Release], whole: Callable[[], bytes]) -> Any:
+    def call(self, packed: bytes, undo: Undo, whole: Callable[[], bytes]) -> Any:
         reply = self._call(packed, undo, whole, self.deadline)
         self.answered = True
         return reply
@@ -58,7 +59,7 @@ class Trial(Lines):
     def _evicts(self) -> str:
         """The server's maxmemory-policy, if it may remove our keys; empty if not, and where it does not say."""
         try:
-            text = bytes(self.call(INFO, (), lambda: INFO)).decode("utf-8", "replace")
+            text = bytes(self.call(INFO, nothing, lambda: INFO)).decode("utf-8", "replace")
         except Exception:  # forbidden, renamed, or no time left: it is only a piece of advice
             return ""
         said = dict(line.partition(":")[::2] for line in text.splitlines())
@@ -69,6 +70,6 @@ class Trial(Lines):
     def _rights(self, keys: wire.Keys) -> tuple[list[str], bool]:
         """What its user lacks and whether it may fence off; nothing and yes where there is no time left to ask."""
         try:
-            return rights.lacking(lambda packed: self.call(packed, (), lambda: packed), keys)
+            return rights.lacking(lambda packed: self.call(packed, nothing, lambda: packed), keys)
         except Exception:
             return [], True

@@ -137,8 +137,9 @@ class Keys:
     def take(self, slots: Sequence[Slot], *, whole: bool = False) -> bytes:
         """The one command that takes all of them."""
         if len(slots) == 1 and not whole:
-            key, holder = self._names(slots[0])
-            return b"%b%b%b%b" % (TAKE.head_of_one, key, self._terms(slots[0]), holder)
+            slot = slots[0]
+            key, holder = self._names(slot)
+            return b"%b%b%b%b" % (TAKE.head_of_one, key, self._terms(slot), holder)
         keys, arguments = [], []
         for slot in slots:
             key, holder = self._names(slot)
@@ -207,8 +208,10 @@ class Keys:
         """One command each, whose reply is an integer, and which is of use until the lease has ended by itself; and one more
         for all that somebody may wait for."""
         now = monotonic()
-        if len(slots) == 1 and not slots[0].waits and len(slots[0].memo) < 2:  # as nearly always
-            return [Release(self._release(slots[0]), now + slots[0].ttl)]
+        if len(slots) == 1:
+            slot = slots[0]
+            if not slot.waits and len(slot.memo) < 2:  # as nearly always
+                return [Release(self._release(slot), now + slot.ttl)]
         releases = [Release(self._release(slot), now + slot.ttl) for slot in slots]
         waited = [slot for slot in slots if slot.waits or len(slot.memo) > 1]
         if waited:
@@ -251,21 +254,18 @@ class Keys:
 
     def _names(self, slot: Slot) -> tuple[bytes, bytes]:
         """The packed names of a slot's semaphore and of its holder; kept with the slot, as the release needs them again."""
-        if not slot.memo:
-            slot.memo.append((self.semaphore(slot), bulk(member(slot))))
-        names: tuple[bytes, bytes] = slot.memo[0]
+        if slot.memo:
+            return slot.memo[0]  # type: ignore[no-any-return]  # as below
+        names = self.semaphore(slot), bulk(member(slot))
+        slot.memo.append(names)
         return names
 
 
 def member(slot: Slot) -> bytes:
     """The name of this holder in the sorted set. One that is made anew from what a slot says is the same."""
-    return b"%b\n%d%b\n%b\n%b" % (
-        slot.token.encode(),
-        int(slot.since * 1000),
-        b"" if slot.cost == 1 else b"x%d" % slot.cost,
-        _text(slot.key.text),
-        _text(slot.path),
-    )
+    cost = "" if slot.cost == 1 else f"x{slot.cost}"
+    text, path = slot.key.text[:TEXT_LIMIT].replace("\n", " "), slot.path[:TEXT_LIMIT].replace("\n", " ")
+    return f"{slot.token}\n{int(slot.since * 1000)}{cost}\n{text}\n{path}".encode("utf-8", "replace")
 
 
 def _asked(slot: Slot) -> bytes:
