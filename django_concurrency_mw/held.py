@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import monotonic
 from typing import Any, Protocol
 
 from .outcomes import Slot
@@ -38,10 +37,8 @@ class Held:
     #: The token of the take that a stand-in stands for: it has one of its own, as that take is undone.
     instead_of: str | None = None
 
-    def __init__(self, store: Any, policy: Policy, slot: Slot, now: float | None = None) -> None:
+    def __init__(self, store: Any, policy: Policy, slot: Slot, now: float) -> None:
         """`now`: monotonic seconds."""
-        if now is None:
-            now = monotonic()
         self.store, self.policy, self.slot, self.since = store, policy, slot, now
         self.ends = now + slot.ttl
         if policy.renew:

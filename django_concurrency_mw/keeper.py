@@ -76,10 +76,12 @@ class Keeper:
     def _forked(self) -> None:
         #: Another object in every process: a lease that was made under another epoch is a parent's.
         self.epoch = object()
-        self._live: dict[int, Kept] = {}
+        #: Those that have not ended, by their id: see `watch` and `forget`.
+        self.leases: dict[int, Kept] = {}
         self._inbox: queue.SimpleQueue[Kept | None] = queue.SimpleQueue()
         self._owed: deque[_Owed] = deque()
-        self._wakes_at = _FOREVER
+        #: When the thread looks at renewals (monotonic seconds).
+        self.wakes_at = _FOREVER
         self._thread: threading.Thread | None = None
         #: RLocks: a garbage collection inside may end an abandoned stream, whose release comes back here.
         self._starting = threading.RLock()
@@ -97,22 +99,22 @@ class Keeper:
 
     def watch(self, lease: Kept, due: float) -> None:
         """Keep this lease from now on, and look after its renewal at `due` (monotonic seconds)."""
-        self._live[id(lease)] = lease
-        if due < self._wakes_at:
+        self.leases[id(lease)] = lease
+        if due < self.wakes_at:
             self._wake_at(due)
 
     def look_at(self, due: float) -> None:
         """Look after renewals at `due`, if not before (monotonic seconds)."""
-        if due < self._wakes_at:
+        if due < self.wakes_at:
             self._wake_at(due)
 
     def forget(self, lease: Kept) -> None:
         """It has ended."""
-        self._live.pop(id(lease), None)
+        self.leases.pop(id(lease), None)
 
     def live(self) -> list[Kept]:
         """The leases of this process that have not ended."""
-        return list(self._live.values())
+        return list(self.leases.values())
 
     def abandon(self, lease: Kept) -> None:
         """Its response is gone; give back what nobody has. Safe inside a garbage collection: only puts it into a queue."""
@@ -194,8 +196,8 @@ class Keeper:
 
     def _wake_at(self, due: float) -> None:
         with self._starting:
-            if due < self._wakes_at:
-                self._wakes_at = due
+            if due < self.wakes_at:
+                self.wakes_at = due
                 self._inbox.put(None)
         self.ready()
 
@@ -208,7 +210,7 @@ class Keeper:
 
     def _run(self, inbox: queue.SimpleQueue[Kept | None]) -> None:
         while True:
-            left = self._wakes_at - monotonic()
+            left = self.wakes_at - monotonic()
             try:
                 abandoned = inbox.get(timeout=None if left == _FOREVER else max(0.0, left))
             except queue.Empty:
@@ -218,13 +220,13 @@ class Keeper:
                     if abandoned is not None:
                         abandoned.release()
                     now = monotonic()
-                    if now >= self._wakes_at:
+                    if now >= self.wakes_at:
                         self._look(now)
             except BaseException:  # whatever a store raises: without this thread no lease is renewed any more
                 logger.exception("the keeper goes on after an error")
 
     def _look(self, now: float) -> None:
-        self._wakes_at = _FOREVER
+        self.wakes_at = _FOREVER
         due = now + RETRY_EVERY
         try:
             # Renewals first: a store that is away must not let the leases of the others lapse.
@@ -237,7 +239,7 @@ class Keeper:
             with self._starting:
                 if self._calls:
                     due = min(due, self._calls[0][0])
-                self._wakes_at = min(self._wakes_at, due)
+                self.wakes_at = min(self.wakes_at, due)
 
     def _call_due(self, now: float, end: float = _FOREVER) -> None:
         """Make the calls that are due; none begins after `end`."""

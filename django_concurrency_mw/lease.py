@@ -130,7 +130,9 @@ class Lease:
         held = Held(store, policy, slots[0], now)
         self._new = (held,)
         self._held.append(held)
-        keeper.watch(self, held.due)
+        keeper.leases[id(self)] = self  # `keeper.watch` by hand
+        if held.due < keeper.wakes_at:
+            keeper.look_at(held.due)
 
     def confirm_at_once(self, slots: Sequence[Slot], told: tuple[Sequence[Asked], Sequence[int]]) -> bool:
         """All of these are held, and there is nothing more to it; `told` is what was asked for, and the counts. False: there is
@@ -345,7 +347,7 @@ class Lease:
         if self._bells:
             self._ring()
         if not self._held:
-            keeper.forget(self)
+            keeper.leases.pop(id(self), None)  # `keeper.forget` by hand
         return slots
 
     def _give_later(self, popped: Sequence[Held]) -> None:

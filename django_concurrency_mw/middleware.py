@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +88,10 @@ class ConcurrencyLimitMiddleware:
     ) -> HttpResponseBase | None:
         config = conf.current()
         match = request.resolver_match
-        if match is not None and match.view_name in config.table.free:  # as nearly always
+        known = None if match is None else config.table.known.get(match.view_name)
+        if known is not None and not known:  # as nearly always: no policy matches, whatever the method
             return None
-        policies = _policies(request, view, config)
+        policies = _policies(request, view, config, known)
         return admit(request, join(request)[0], policies, kwargs, config) if policies else None
 
     async def aprocess_view(
@@ -98,9 +99,10 @@ class ConcurrencyLimitMiddleware:
     ) -> HttpResponseBase | None:
         config = conf.current()
         match = request.resolver_match
-        if match is not None and match.view_name in config.table.free:
+        known = None if match is None else config.table.known.get(match.view_name)
+        if known is not None and not known:
             return None
-        policies = _policies(request, view, config)
+        policies = _policies(request, view, config, known)
         return await aadmit(request, join(request)[0], policies, kwargs, config) if policies else None
 
 
@@ -112,11 +114,16 @@ def _abort(request: HttpRequest) -> None:
         lease.release()
 
 
-def _policies(request: HttpRequest, view: Callable[..., Any], config: conf.Config) -> tuple[Policy, ...]:
-    """What is to be taken here: nothing where the view's own throttle takes it."""
-    match = request.resolver_match
-    if type(view) is FunctionType and not view.__dict__ and match is not None and config.enabled:
-        return config.table.match(match.view_name, request.method or "")  # nothing marks it, and it is nobody's class
+def _policies(
+    request: HttpRequest, view: Callable[..., Any], config: conf.Config, known: Mapping[str, tuple[Policy, ...]] | None
+) -> tuple[Policy, ...]:
+    """What is to be taken here: nothing where the view's own throttle takes it. `known`: see `PolicyTable`."""
+    if (
+        known and type(view) is FunctionType and not view.__dict__ and config.enabled
+    ):  # nothing marks it; it is of no class
+        found = known.get(request.method or "")
+        if found is not None:
+            return found
     policies = policies_of(request, view, config)
     return () if policies and throttles_itself(view) else policies
 

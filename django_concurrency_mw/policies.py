@@ -71,7 +71,7 @@ class PolicyTable:
     that meet a new name at once write equal entries.
     """
 
-    __slots__ = ("_by_name", "_globs", "_methods", "_views", "free", "policies")
+    __slots__ = ("_by_name", "_globs", "_methods", "known", "policies")
 
     def __init__(self, policies: Sequence[Policy] = ()) -> None:
         self.policies: tuple[Policy, ...] = tuple(policies)
@@ -80,9 +80,8 @@ class PolicyTable:
         self._globs = [
             (policy, _any_of(policy.url_names), _any_of(policy.exclude)) for policy in self.policies if policy.url_names
         ]
-        self._views: dict[str, Mapping[str, tuple[Policy, ...]]] = {}
-        #: The names of views that were seen, and that no policy matches whatever the method.
-        self.free: set[str] = set()
+        #: Of views that were seen: name -> method -> policies; empty where none matches, whatever the method.
+        self.known: dict[str, Mapping[str, tuple[Policy, ...]]] = {}
 
     def __iter__(self) -> Iterator[Policy]:
         return iter(self.policies)
@@ -96,22 +95,18 @@ class PolicyTable:
 
     def match(self, view_name: str, method: str) -> tuple[Policy, ...]:
         """The policies of this view and method, in table order."""
-        methods = self._views.get(view_name)
+        methods = self.known.get(view_name)
         if methods is None:
-            if view_name in self.free:
-                return ()
-            methods = self._compile(view_name)
-            if methods is None:
-                self.free.add(view_name)
-                return ()
-            self._views[view_name] = methods
+            methods = self.known[view_name] = self._compile(view_name)
+        if not methods:
+            return ()
         found = methods.get(method)
         return methods[_OTHER] if found is None else found
 
-    def _compile(self, view_name: str) -> Mapping[str, tuple[Policy, ...]] | None:
+    def _compile(self, view_name: str) -> Mapping[str, tuple[Policy, ...]]:
         found = [policy for policy, wanted, unwanted in self._globs if wanted(view_name) and not unwanted(view_name)]
         if not found:
-            return None
+            return {}
         return {
             method: tuple(policy for policy in found if policy.methods is None or method in policy.methods)
             for method in (*self._methods, _OTHER)

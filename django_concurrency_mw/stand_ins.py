@@ -94,7 +94,7 @@ def stand_in(
 
 def _instead(store: Any, policy: Policy, slot: Slot) -> Held:
     """Counted here in the store's stead. Its token is another one, as the take that failed is still to be undone."""
-    held = Held(store, policy, replace(slot, token=new_token(), memo=[]))
+    held = Held(store, policy, replace(slot, token=new_token(), memo=[]), monotonic())
     held.instead_of = slot.token
     held.confirmed = held.local = True
     held.due = held.since + REGISTER_AFTER

@@ -562,7 +562,7 @@ def test_the_lease_and_the_age_begin_when_it_is_granted(threads_line: Line) -> N
     assert held.due == pytest.approx(held.since + 2.0)
     assert held.last == pytest.approx(held.since + 100.0)
     assert held.slot.waited == pytest.approx(held.since - arrived)
-    assert keeper._wakes_at <= held.due
+    assert keeper.wakes_at <= held.due
 
 
 def test_who_waits_longer_than_its_lease_is_held_for_all_of_it(threads_line: Line) -> None:
