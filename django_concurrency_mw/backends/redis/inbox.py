@@ -13,24 +13,24 @@ from typing import Any, Final
 
 from redis.exceptions import ConnectionError
 
-from .replies import reply
+from .replies import numbers, reply
 
 #: What RESP 3 begins with that is no reply: something that the server tells unasked. Nobody here listens to it.
 PUSH: Final = ord(">")
 
 
 class Inbox(asyncio.Protocol):
-    """Of one connection of redis-py's, from now on. `numbers` is called with replies, in order; it has to be quick.
+    """Of one connection of redis-py's, from now on. `heard` is called with the numbers, in order.
 
     Whatever it raises, and a reply that nobody can read, ends the connection.
     """
 
-    def __init__(self, conn: Any, numbers: Callable[[Sequence[int | list[int]]], None]) -> None:
+    def __init__(self, conn: Any, heard: Callable[[Sequence[int | list[int]]], None]) -> None:
         writer = getattr(conn, "_writer", None)  # private, as in `connecting`
         if writer is None or conn._reader.at_eof():  # of which we would not be told again
             raise ConnectionError("the connection was closed as soon as it was made")
-        self._transport: asyncio.WriteTransport = writer.transport
-        self._numbers = numbers
+        self.transport: asyncio.WriteTransport = writer.transport
+        self._heard = heard
         self._unread = b""
         #: It is redis-py's turn: what comes meanwhile is kept.
         self._waits = False
@@ -38,8 +38,8 @@ class Inbox(asyncio.Protocol):
         self._error: Exception | None = None
         #: There is something for redis-py to read: a reply, or that the connection is lost.
         self._due = asyncio.Event()
-        self._former: Any = self._transport.get_protocol()
-        self._transport.set_protocol(self)
+        self._former: Any = self.transport.get_protocol()
+        self.transport.set_protocol(self)
 
     async def other(self) -> None:
         """Until redis-py has one reply to read, or that the connection is lost. Raises: ConnectionError."""
@@ -52,54 +52,52 @@ class Inbox(asyncio.Protocol):
         self._waits = False
         if not self._lost:
             self._due.clear()
-        self._read()
+        self._read(b"")
 
     def hand_back(self) -> None:
         """All that nobody has read yet, and all that comes, is redis-py's."""
         self._waits = True
         if not self._lost:
-            self._transport.set_protocol(self._former)
+            self.transport.set_protocol(self._former)
             unread, self._unread = self._unread, b""
             if unread:
                 self._former.data_received(unread)
 
-    def _read(self) -> None:
-        data, at, other, numbers = self._unread, 0, b"", []
-        while at < len(data):
-            value, end = reply(data, at)
-            if end < 0:
-                break
-            if value is not None:
-                numbers.append(value)
-            elif data[at] != PUSH:
-                other = data[at:end]
-            at = end
-            if other:
-                break
-        self._unread = data[at:]
-        if numbers:
-            self._numbers(numbers)
-        if other:
-            self._waits = True
-            if not self._lost:  # else redis-py has been told so, and takes no more: what is unanswered is sent again
-                self._former.data_received(other)
-            self._due.set()
-
-    # -- as the transport calls it ------------------------------------------------------------------------------------
-
-    def data_received(self, data: bytes) -> None:
-        self._unread += data
-        if self._waits:
-            return
+    def _read(self, data: bytes) -> None:
         try:
-            self._read()
+            self._unread += data
+            while self._unread and not self._waits:
+                found, end = numbers(self._unread)
+                self._unread = self._unread[end:]
+                if found:
+                    self._heard(found)
+                if not self._unread or not self._read_other():
+                    return
         except BaseException as error:  # nobody knows now whose the next reply is
             self._waits = True
-            self._transport.abort()
+            self.transport.abort()
             if not isinstance(error, Exception):
                 raise
             self._error = error
             self._due.set()
+
+    def _read_other(self) -> bool:
+        """What comes next is no number, or not here yet. Returns whether it was read."""
+        _, end = reply(self._unread, 0)
+        if end < 0:
+            return False
+        other, self._unread = self._unread[:end], self._unread[end:]
+        if other[0] != PUSH:
+            self._waits = True
+            if not self._lost:  # else redis-py has been told so, and takes no more: what is unanswered is sent again
+                self._former.data_received(other)
+            self._due.set()
+        return True
+
+    # -- as the transport calls it ------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        self._read(data)
 
     def eof_received(self) -> bool | None:
         stays: bool | None = self._former.eof_received()

@@ -75,7 +75,9 @@ class Mux:
         #: A release, which nobody waits for, stands for itself.
         self._unanswered: deque[Command | Release] = deque()
         self._outbox: list[bytes] = []
+        #: Redis-py's connection, and what comes in on it: both, or neither.
         self._conn: Any = None
+        self._inbox: Inbox | None = None
         self._owner: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -87,7 +89,6 @@ class Mux:
         self._failures = 0
         #: How many calls are in the outbox; and whether the last write was of several.
         self._calls, self._crowded = 0, False
-        self._inbox: Inbox | None = None
         #: A reply was read that has no effect yet.
         self._on_its_way = False
         self._hurry = asyncio.Event()
@@ -108,9 +109,9 @@ class Mux:
             ) from self._error
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
-        command = Command(pack(*about), now, self.loop.create_future(), pack, about)
-        self._ask(command)
-        return command.waiter
+        waiter: asyncio.Future[Any] = self.loop.create_future()
+        self._ask(Command(pack(*about), now, waiter, pack, about))
+        return waiter
 
     def tell(self, releases: Sequence[Release]) -> None:
         """Send releases; their replies are waited for by nobody."""
@@ -128,34 +129,38 @@ class Mux:
     def _ask(self, command: Command) -> None:
         """Who is alone has to wait for no others who may follow; where there are several, they are written together."""
         self._calls += 1
-        self._queue(command)
-        if not self._crowded and len(self._unanswered) == len(self._outbox):  # nothing is under way
-            self._write(self._conn)
+        if len(self._outbox) < len(self._unanswered) or self._crowded or self._inbox is None:
+            self._queue(command)
+            return
+        self._await(command)  # nothing is under way
+        self._outbox.append(command.packed)
+        self._write(self._inbox)
 
     def _queue(self, command: Command | Release) -> None:
-        if not self._unanswered:
-            self._since = self.loop.time()
-        self._unanswered.append(command)
-        if self._conn is not None:
+        self._await(command)
+        if self._inbox is not None:
             self._outbox.append(command.packed)
             if len(self._outbox) == 1:  # the first of this turn of the loop: all that follow share its write
-                self.loop.call_soon(self._write, self._conn)
+                self.loop.call_soon(self._write, self._inbox)
         elif self._owner is None:
             self._owner = self.loop.create_task(self._own())
             self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
+
+    def _await(self, command: Command | Release) -> None:
+        if not self._unanswered:
+            self._since = self.loop.time()
+        self._unanswered.append(command)
         if self._timer is None:
             self._timer = self.loop.call_later(self._timeout, self._sweep)
 
-    def _write(self, conn: Any) -> None:
+    def _write(self, inbox: Inbox) -> None:
         """What it cannot send the transport keeps: MOST commands at most."""
-        if (
-            conn is None or conn is not self._conn or not self._outbox
-        ):  # lost: it is sent again; or sent at once already
+        if inbox is not self._inbox or not self._outbox:  # lost meanwhile: it is sent again; or it was sent at once
             return
         batch = b"".join(self._outbox)
         self._outbox.clear()
         self._crowded, self._calls = self._calls > 1, 0
-        send(conn, batch)
+        send(inbox.transport, batch)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -251,9 +256,9 @@ class Mux:
                 await self._pause()
                 try:
                     conn = await self._connect()
-                    self._inbox = Inbox(conn, self._hear)
-                    self._send_again(conn)
-                    self._reading = self.loop.create_task(self._read(conn, self._inbox))
+                    inbox = Inbox(conn, self._hear)
+                    self._send_again(conn, inbox)
+                    self._reading = self.loop.create_task(self._read(conn, inbox))
                     await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
                 except Exception as lost:  # also what a keyword or a credential provider of the project's raises
@@ -261,7 +266,7 @@ class Mux:
                 if conn is not None:
                     self._recipe.gave_up(conn, error)
                 self._failed(error, connected=conn is not None)
-                self._conn = None
+                self._conn = self._inbox = None
                 await self._detour.close()
                 if conn is not None:
                     await hang_up(conn)
@@ -274,7 +279,7 @@ class Mux:
                     self._reading.cancel()
                     await asyncio.wait([self._reading])
                 await self._farewell(conn)
-                self._conn = None
+                self._conn = self._inbox = None
                 # To close it properly takes TLS a round trip, which an ending loop does not wait for.
                 await hang_up(conn)
                 await self._detour.close()
@@ -301,15 +306,16 @@ class Mux:
 
     async def _farewell(self, conn: Any) -> None:
         """Send the last releases and hear their replies, but not for long."""
+        inbox = self._inbox
+        if inbox is None or self._on_its_way:  # the next reply would not be that to the next command
+            return
 
         async def hear() -> None:
-            self._write(conn)
+            self._write(inbox)
+            inbox.hand_back()
             while self._unanswered:
                 self._answer(await areply(conn))
 
-        if self._on_its_way or self._inbox is None:  # the next reply is not that to the next command
-            return
-        self._inbox.hand_back()
         with contextlib.suppress(*LOST, asyncio.CancelledError):
             await asyncio.wait_for(hear(), self._timeout)
 
@@ -402,13 +408,13 @@ class Mux:
         )
         return bool(self._unanswered)
 
-    def _send_again(self, conn: Any) -> None:
+    def _send_again(self, conn: Any, inbox: Inbox) -> None:
         self._prune()
         self._outbox = [command.packed for command in self._unanswered]
         self._calls, self._on_its_way = 0, False
-        self._conn = conn
+        self._conn, self._inbox = conn, inbox
         self._connected_at = self._heard = self.loop.time()
-        self._write(conn)
+        self._write(inbox)
 
 
 def _words(error: BaseException | None) -> str:

@@ -1,0 +1,237 @@
+"""What comes in on an event loop's connection: in order, whoever reads it, and whatever becomes of the connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import redis.asyncio
+from redis.exceptions import ConnectionError, ResponseError
+
+from django_concurrency_mw.backends.redis.connecting import areply, hang_up
+from django_concurrency_mw.backends.redis.inbox import Inbox
+
+from .support import SOON, await_until
+
+Handed = Callable[[Sequence[int | list[int]]], None]
+
+
+class Server:
+    """The other end of one connection: it says what the test says, once redis-py has been greeted."""
+
+    def __init__(self) -> None:
+        self.writer: asyncio.StreamWriter | None = None
+        self.greeted = False
+        self.left = asyncio.Event()
+
+    async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        try:
+            while said := await reader.read(65_536):
+                if not self.greeted:
+                    hello = b"%1\r\n+proto\r\n:3\r\n" if b"HELLO" in said else b""
+                    writer.write(hello + b"+OK\r\n" * ((b"\r\n" + said).count(b"\r\n*") - bool(hello)))
+        except OSError:
+            pass
+        self.left.set()
+        writer.close()
+
+    def say(self, text: bytes) -> None:
+        assert self.writer is not None
+        self.writer.write(text)
+
+    def hang_up(self) -> None:
+        assert self.writer is not None
+        self.writer.close()
+
+
+@asynccontextmanager
+async def connected(protocol: int = 2) -> AsyncIterator[tuple[Any, Server]]:
+    server = Server()
+    async with await asyncio.start_server(server.meet, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        conn: Any = redis.asyncio.Connection(host="127.0.0.1", port=port, protocol=protocol)
+        await conn.connect()
+        server.greeted = True
+        try:
+            yield conn, server
+        finally:
+            await hang_up(conn)
+            await asyncio.wait_for(server.left.wait(), SOON)
+
+
+def run(main: Any) -> None:
+    asyncio.run(asyncio.wait_for(main, SOON))
+
+
+async def read_on(conn: Any, inbox: Inbox, heard: list[Any]) -> None:
+    """As a mux does."""
+    while True:
+        await inbox.other()
+        heard.append(await areply(conn))
+        inbox.go_on()
+
+
+SAID = b":1\r\n:-2\r\n+OK\r\n:3\r\n*2\r\n:4\r\n:5\r\n-ERR no\r\n-ERR nor\r\n$6\r\n:6\r\n:7\r\n*2\r\n:8\r\n+no\r\n*0\r\n:9\r\n"
+MEANS = [1, -2, b"OK", 3, [4, 5], "no", "nor", b":6\r\n:7", [8, b"no"], [], 9]
+PUSH = b">2\r\n+invalidate\r\n*1\r\n$1\r\nk\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_all_is_heard_in_order_in_whatever_pieces_it_comes(protocol: int, size: int) -> None:
+    """What RESP 3 tells unasked, between replies, is no reply."""
+    said = SAID.replace(b":3\r\n", PUSH + b":3\r\n").replace(b"-ERR nor", PUSH + b"-ERR nor") if protocol == 3 else SAID
+
+    async def main() -> None:
+        heard: list[Any] = []
+        async with connected(protocol) as (conn, _):
+            inbox = Inbox(conn, heard.extend)
+            reading = asyncio.create_task(read_on(conn, inbox, heard))
+            for at in range(0, len(said), size):
+                conn._writer.transport.get_protocol().data_received(said[at : at + size])
+                if at % 2:
+                    await asyncio.sleep(0)
+            assert await await_until(lambda: len(heard) >= len(MEANS))
+            assert [str(one) if isinstance(one, ResponseError) else one for one in heard] == MEANS
+            reading.cancel()
+
+    run(main())
+
+
+def test_what_is_no_number_keeps_all_behind_it_until_it_is_answered() -> None:
+    async def main() -> None:
+        heard: list[Any] = []
+        async with connected() as (conn, server):
+            inbox = Inbox(conn, heard.extend)
+            server.say(b":1\r\n-ASK 1 h:1\r\n:2\r\n")
+            await inbox.other()
+            server.say(b":3\r\n")
+            assert isinstance(await areply(conn), ResponseError)
+            assert await await_until(lambda: inbox._unread == b":2\r\n:3\r\n")
+            assert heard == [1]
+            inbox.go_on()
+            assert heard == [1, 2, 3]
+
+    run(main())
+
+
+class TestTheConnectionIsLost:
+    def test_of_which_redis_py_hears(self) -> None:
+        """What came before counts still; of what is cut off nobody hears."""
+
+        async def main() -> None:
+            heard: list[Any] = []
+            async with connected() as (conn, server):
+                inbox = Inbox(conn, heard.extend)
+                server.say(b"-ERR no\r\n:1\r\n-ERR nor\r\n:2\r\n:3")
+                await inbox.other()
+                server.hang_up()
+                assert await await_until(lambda: inbox._lost)
+                with pytest.raises(ConnectionError):
+                    await read_on(conn, inbox, heard)
+                assert [str(one) for one in heard] == ["no", "1"]
+
+        run(main())
+
+    def test_before_anybody_reads(self) -> None:
+        """Then the transport says no more of it."""
+
+        async def main() -> None:
+            async with connected() as (conn, server):
+                server.hang_up()
+                assert await await_until(conn._reader.at_eof)
+                with pytest.raises(ConnectionError):
+                    Inbox(conn, lambda numbers: None)
+
+        run(main())
+
+    def test_by_us_while_redis_py_sleeps(self) -> None:
+        async def main() -> None:
+            async with connected() as (conn, _):
+                reading = asyncio.create_task(read_on(conn, Inbox(conn, lambda numbers: None), []))
+                await asyncio.sleep(0)
+                await conn.disconnect(nowait=True)
+                with pytest.raises(ConnectionError):
+                    await reading
+
+        run(main())
+
+    def test_by_a_reply_that_nobody_can_read(self) -> None:
+        """A number, at once or behind what redis-py reads; and what redis-py alone finds to be none."""
+
+        async def main(said: bytes) -> None:
+            heard: list[Any] = []
+            async with connected() as (conn, server):
+                inbox = Inbox(conn, heard.extend)
+                server.say(said)
+                with pytest.raises(redis.RedisError):
+                    await read_on(conn, inbox, heard)
+                if b":" in said:
+                    await asyncio.wait_for(server.left.wait(), SOON)  # it is closed already
+                    assert 1 not in heard
+
+        for said in (b":one\r\n:1\r\n", b"+OK\r\n:one\r\n:1\r\n", b"?\r\n"):
+            run(main(said))
+
+    @pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
+    def test_by_whatever_cuts_short_what_is_done_about_a_reply(self, error: type[BaseException]) -> None:
+        """Nobody knows whose the next one is."""
+
+        async def main() -> None:
+            heard: list[Any] = []
+
+            def hear(numbers: Sequence[int | list[int]]) -> None:
+                heard.extend(numbers)
+                raise error
+
+            async with connected() as (conn, server):
+                inbox = Inbox(conn, hear)
+                try:
+                    inbox.data_received(b":1\r\n")
+                except KeyboardInterrupt:
+                    assert error is KeyboardInterrupt
+                inbox.data_received(b":2\r\n")
+                with pytest.raises(ConnectionError):
+                    await read_on(conn, inbox, heard)
+                assert heard == [1]
+                await asyncio.wait_for(server.left.wait(), SOON)
+
+        run(main())
+
+
+def test_handed_back_redis_py_reads_all_that_nobody_has_read() -> None:
+    async def main() -> None:
+        heard: list[Any] = []
+        async with connected() as (conn, server):
+            inbox = Inbox(conn, heard.extend)
+            server.say(b":1\r\n-ERR no\r\n:2\r\n:3")
+            assert await await_until(lambda: inbox._unread == b":2\r\n:3")
+            inbox.hand_back()
+            server.say(b"3\r\n:4\r\n")
+            assert [str(await areply(conn)) for _ in range(4)] == ["no", "2", "33", "4"]
+            assert heard == [1]
+            server.hang_up()
+            with pytest.raises(ConnectionError):
+                await areply(conn)
+
+    run(main())
+
+
+def test_who_waits_until_it_can_write_is_told_when_it_can() -> None:
+    """redis-py's way to write, which is there still."""
+
+    async def main() -> None:
+        async with connected() as (conn, _):
+            inbox = Inbox(conn, lambda numbers: None)
+            inbox.pause_writing()
+            writing = asyncio.create_task(conn._writer.drain())
+            await asyncio.sleep(0)
+            assert not writing.done()
+            inbox.resume_writing()
+            await writing
+
+    run(main())
