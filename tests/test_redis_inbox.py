@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,12 +11,20 @@ import pytest
 import redis.asyncio
 from redis.exceptions import ConnectionError, ResponseError
 
+from django_concurrency_mw.backends import BackendConfig
 from django_concurrency_mw.backends.redis.connecting import areply, hang_up
 from django_concurrency_mw.backends.redis.inbox import Inbox
+from django_concurrency_mw.backends.redis.leftovers import Release, Work
+from django_concurrency_mw.backends.redis.mux import Mux
+from django_concurrency_mw.backends.redis.redirects import Ask, Node
+from django_concurrency_mw.backends.redis.store import RedisBackend
+from django_concurrency_mw.backends.redis.wire import pack
+from django_concurrency_mw.keys import make_key
+from django_concurrency_mw.outcomes import Slot, Taken
+from django_concurrency_mw.tokens import new_token
 
-from .support import SOON, await_until
-
-Handed = Callable[[Sequence[int | list[int]]], None]
+from .redis_server import RedisServer
+from .support import SOON, await_until, wait_until
 
 
 class Server:
@@ -235,3 +243,132 @@ def test_who_waits_until_it_can_write_is_told_when_it_can() -> None:
             await writing
 
     run(main())
+
+
+@pytest.fixture
+def store(redis_server: RedisServer, prefix: str) -> Iterator[RedisBackend]:
+    """Its timeout is so long that what only the timers mend is not mended."""
+    made = RedisBackend(BackendConfig("default", "redis", redis_server.url, prefix, {"socket_timeout": SOON}))
+    yield made
+    made.close()
+
+
+def slot(policy: str = "p") -> Slot:
+    return Slot(policy, make_key("k"), 1000, 60.0, new_token())
+
+
+def mux_of(store: RedisBackend) -> Mux:
+    (mux,) = store._muxes.values()
+    return mux
+
+
+class TestAStore:
+    def test_the_server_closes_the_connection_before_anybody_reads(
+        self, store: RedisBackend, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        greet = Mux._greet
+        closed: list[Any] = []
+
+        async def greeted(mux: Mux, conn: Any, work: Work) -> list[Release]:
+            refused = await greet(mux, conn, work)
+            if not closed and mux._client is not None:
+                closed.append(conn)
+                with redis_server.client() as client:
+                    client.execute_command("CLIENT", "KILL", "ID", mux._client.number)
+                assert await await_until(conn._reader.at_eof)
+            return refused
+
+        monkeypatch.setattr(Mux, "_greet", greeted)
+
+        async def main() -> None:
+            assert isinstance(await store.atake([slot()]), Taken)
+            assert mux_of(store).connects == 2
+
+        run(main())
+
+    def test_errors_among_the_numbers_are_those_of_whom_they_are_for(
+        self, store: RedisBackend, redis_server: RedisServer, prefix: str
+    ) -> None:
+        """The script is forgotten: who asked by its name is asked for its text, among releases that were carried out."""
+
+        async def main() -> None:
+            first = [slot() for _ in range(20)]
+            await asyncio.gather(*[store.atake([one]) for one in first])
+            with redis_server.client() as client:
+                client.script_flush()
+            then = [slot() for _ in range(20)]
+            asking = [asyncio.ensure_future(store.atake([one])) for one in then]
+            await asyncio.sleep(0)
+            await store.agive(first)
+            replies = await asyncio.gather(*asking)
+            assert sorted(reply.in_flight[0] for reply in replies) == list(range(1, 21))
+            assert redis_server.held(prefix) == 20
+            assert mux_of(store).connects == 1
+
+        run(main())
+
+    def test_a_server_that_says_more_than_it_was_asked_is_left(self, store: RedisBackend) -> None:
+        async def main() -> None:
+            await store.atake([slot()])
+            mux = mux_of(store)
+            assert mux._inbox is not None
+            mux._inbox.transport.write(pack(b"DEL", b"nothing"))
+            assert await await_until(lambda: mux._conn is None)
+            assert isinstance(await store.atake([slot()]), Taken)
+            assert mux.connects == 2
+
+        run(main())
+
+    def test_who_was_not_answered_is_not_forgotten_where_hearing_is_cut_short(self, store: RedisBackend) -> None:
+        async def main() -> None:
+            await store.atake([slot()])
+            mux = mux_of(store)
+            waiters = [mux.call(lambda: pack(b"DEL", b"nothing")) for _ in range(3)]
+            asked = list(mux._unanswered)
+            asked[1].waiter = Interrupting()  # type: ignore[union-attr]  # it is a call
+            with pytest.raises(KeyboardInterrupt):
+                mux._hear([1, 2, 3])
+            assert list(mux._unanswered) == asked[1:]
+            assert waiters[0].result() == 1
+            asked[1].waiter = waiters[1]  # type: ignore[union-attr]  # it is a call
+            mux._unanswered.appendleft(asked[0])  # whose reply is still to come
+            assert [await waiter for waiter in waiters[1:]] == [0, 0]
+
+        run(main())
+
+    def test_a_loop_that_ends_while_one_is_sent_on_takes_no_reply_for_another(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its reply was read already, and what it was sent on for will not be known."""
+        ended: list[asyncio.Future[Any]] = []
+
+        async def sent_on(ask: Ask, packed: bytes) -> Any:
+            await asyncio.Event().wait()
+
+        async def read(conn: Any) -> Any:
+            await areply(conn)
+            return Ask(Node("nowhere", 1))
+
+        async def main() -> None:
+            one = slot()
+            await store.atake([one])
+            mux = mux_of(store)
+            monkeypatch.setattr("django_concurrency_mw.backends.redis.mux.areply", read)
+            monkeypatch.setattr(mux._detour, "call", sent_on)
+            ended.append(mux.call(lambda: pack(b"NOSUCH")))
+            await store.agive([one])
+            assert await await_until(lambda: mux._on_its_way)
+
+        run(main())
+        assert isinstance(ended[0].exception(), ConnectionError)
+        assert wait_until(lambda: not store.snapshot())
+
+
+class Interrupting:
+    """A waiter in whose place something cuts short what is done."""
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, number: int) -> None:
+        raise KeyboardInterrupt
