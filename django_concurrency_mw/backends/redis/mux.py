@@ -132,12 +132,12 @@ class Mux:
         if len(self._outbox) < len(self._unanswered) or self._crowded or self._inbox is None:
             self._queue(command)
             return
-        self._await(command)  # nothing is under way
+        self._expect(command)  # nothing is under way
         self._outbox.append(command.packed)
         self._write(self._inbox)
 
     def _queue(self, command: Command | Release) -> None:
-        self._await(command)
+        self._expect(command)
         if self._inbox is not None:
             self._outbox.append(command.packed)
             if len(self._outbox) == 1:  # the first of this turn of the loop: all that follow share its write
@@ -146,7 +146,7 @@ class Mux:
             self._owner = self.loop.create_task(self._own())
             self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
 
-    def _await(self, command: Command | Release) -> None:
+    def _expect(self, command: Command | Release) -> None:
         if not self._unanswered:
             self._since = self.loop.time()
         self._unanswered.append(command)
@@ -208,9 +208,7 @@ class Mux:
     async def _send_on(self, ask: Ask) -> None:
         """The next answer is that of the node that the slot is moving to. All others wait for it: so the order is kept."""
         command = self._unanswered[0]
-        if (
-            not isinstance(command, Release) and command.waiter.done()
-        ):  # nobody waits for it, and nothing was carried out
+        if isinstance(command, Command) and command.waiter.done():  # nobody waits for it, and nothing was carried out
             self._answer(ask)
             return
         self._on_its_way = True
@@ -256,8 +254,7 @@ class Mux:
                 await self._pause()
                 try:
                     conn = await self._connect()
-                    inbox = Inbox(conn, self._hear)
-                    self._send_again(conn, inbox)
+                    inbox = self._send_again(conn)
                     self._reading = self.loop.create_task(self._read(conn, inbox))
                     await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
@@ -408,13 +405,15 @@ class Mux:
         )
         return bool(self._unanswered)
 
-    def _send_again(self, conn: Any, inbox: Inbox) -> None:
+    def _send_again(self, conn: Any) -> Inbox:
+        self._connected_at = self._heard = self.loop.time()
+        inbox = Inbox(conn, self._hear)
         self._prune()
         self._outbox = [command.packed for command in self._unanswered]
         self._calls, self._on_its_way = 0, False
         self._conn, self._inbox = conn, inbox
-        self._connected_at = self._heard = self.loop.time()
         self._write(inbox)
+        return inbox
 
 
 def _words(error: BaseException | None) -> str:
