@@ -460,6 +460,16 @@ class TestLoops:
             await store.agive(some)
             await store.atake([slot("last")])
             assert [packed.count(b"ZREM") for packed in sent[2:]] == [9]
+            await asyncio.gather(*[store.atake([slot(limit=99)]) for _ in range(9)])
+            sent.clear()
+            await asyncio.gather(*[store.atake([slot(limit=99)]) for _ in range(9)])
+            assert [packed.count(b"EVALSHA") for packed in sent] == [9], "there were several before"
+            await store.atake([slot("last")])
+            sent.clear()
+            tasks = [asyncio.create_task(store.atake([slot("alone")])) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert [packed.count(b"EVALSHA") for packed in sent] == [1], "who was alone before him was"
+            await asyncio.gather(*tasks)
 
         asyncio.run(main())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from django_concurrency_mw.backends.redis.replies import reply
+from django_concurrency_mw.backends.redis.replies import numbers, reply
 
 NUMBERS: list[tuple[bytes, Any]] = [
     (b":0\r\n", 0),
@@ -50,3 +50,19 @@ def test_a_reply_ends_where_it_ends_and_not_before_it_is_whole(packed: bytes, va
 def test_what_no_server_says_is_an_error() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         reply(b":one\r\n", 0)
+    for said in (b":1\r\n:one\r\n", b"*one\r\n", b"*1\r\n:one\r\n"):
+        with pytest.raises(ValueError, match="invalid literal"):
+            numbers(said)
+
+
+@pytest.mark.parametrize(("packed", "value"), [*NUMBERS, *[(packed, None) for packed in OTHERS]])
+def test_numbers_are_read_together_up_to_what_is_none_or_not_whole(packed: bytes, value: Any) -> None:
+    before = b":7\r\n*2\r\n:-8\r\n:9\r\n"
+    for cut in range(len(packed)):
+        assert numbers(before + packed[:cut]) == ([7, [-8, 9]], len(before))
+        assert numbers(packed[:cut]) == ([], 0)
+    both = before + packed + before
+    expected = [7, [-8, 9]], len(before)
+    if value is not None:
+        expected = [7, [-8, 9], value, 7, [-8, 9]], len(both)
+    assert numbers(both) == expected

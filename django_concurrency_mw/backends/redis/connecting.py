@@ -6,6 +6,7 @@ several: here one deadline covers connecting, the handshake and the reply togeth
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
@@ -217,11 +218,11 @@ def refusal(conn: Any, error: ResponseError) -> Exception:
     return understood(conn, error)
 
 
-def send(conn: Any, packed: bytes) -> None:
-    """Send it, on an event loop, and do not wait for that. Whoever reads sees when the connection is lost."""
-    writer = getattr(conn, "_writer", None)  # private: send_packed_command() takes a task, and would connect by itself
-    if writer is not None and not writer.transport.is_closing():
-        writer.transport.write(packed)
+def send(transport: asyncio.WriteTransport, packed: bytes) -> None:
+    """Send it, on an event loop, and do not wait for that: redis-py's way takes a task, and would connect by itself. Whoever
+    reads sees when the connection is lost."""
+    if not transport.is_closing():
+        transport.write(packed)
 
 
 async def hang_up(conn: Any) -> None:

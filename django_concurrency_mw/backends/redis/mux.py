@@ -1,9 +1,11 @@
 """Redis from asyncio: one multiplexed connection per event loop.
 
-`call` is a plain function: it queues a packed command and returns a future of the reply. `tell` queues releases that nobody
-waits for. Replies come in order, so the left end of `_unanswered` always owns the next one. Nothing but its reply ever takes
-a command out of that queue: a caller that is cancelled or late leaves a done future there. So there is no desynchronisation,
+`call` is a plain function: it queues a command and returns a future of the reply. `tell` queues releases that nobody waits
+for. Replies come in order, so the left end of `_unanswered` always owns the next one. Nothing but its reply ever takes a
+command out of that queue: a caller that is cancelled or late leaves a done future there. So there is no desynchronisation,
 and a release that is queued behind its acquire is always carried out after it.
+
+Replies that are numbers, as nearly all are, come straight from the transport (`inbox`); a task reads all others.
 
 When the connection is lost, what is unanswered is sent again in order on the next one, as every command may be sent twice.
 An acquire that nobody waits for any more is dropped (its release stands behind it). The old connection is killed at the
@@ -20,12 +22,13 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, TimeoutError
 
-from .connecting import Recipe, areply, hang_up, refusal, send
+from .connecting import Recipe, areply, hang_up, send
 from .detour import LoopDetour
 from .errors import is_final, passes
 from .greeting import Greeting
+from .inbox import Inbox
 from .leftovers import Client, Leftovers, Release, Work
 from .redirects import Ask, Moved, Node, tries_again
 
@@ -45,25 +48,21 @@ BACK_OFF = 0.25
 
 
 class Command:
-    """One packed command: `waiter` gets its reply, `whole` makes the form that needs no script loaded. A `release` has none."""
+    """One command whose reply `waiter` gets; `pack(*about)` makes it. `sent` is in seconds by the loop's clock."""
 
-    __slots__ = ("packed", "refused", "release", "sent", "waiter", "whole")
+    __slots__ = ("about", "pack", "packed", "refused", "sent", "waiter")
 
     def __init__(
         self,
         packed: bytes,
         sent: float,
-        waiter: asyncio.Future[Any] | None = None,
-        whole: Callable[[], bytes] | None = None,
-        release: Release | None = None,
+        waiter: asyncio.Future[Any],
+        pack: Callable[..., bytes],
+        about: tuple[Any, ...],
     ) -> None:
-        self.packed, self.sent, self.waiter, self.whole, self.release = packed, sent, waiter, whole, release
+        self.packed, self.sent, self.waiter, self.pack, self.about = packed, sent, waiter, pack, about
         #: What goes by, and why it is sent once more.
         self.refused: Exception | None = None
-
-    @property
-    def awaited(self) -> bool:
-        return self.waiter is not None and not self.waiter.done()
 
 
 class Mux:
@@ -73,24 +72,36 @@ class Mux:
         self._recipe, self._leftovers = recipe, leftovers
         self._timeout = recipe.timeout
         self.loop = asyncio.get_running_loop()
-        self._unanswered: deque[Command] = deque()
+        #: A release, which nobody waits for, stands for itself.
+        self._unanswered: deque[Command | Release] = deque()
         self._outbox: list[bytes] = []
+        #: Redis-py's connection, and what comes in on it: both, or neither.
         self._conn: Any = None
+        self._inbox: Inbox | None = None
         self._owner: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._client: Client | None = None
         self._error: BaseException | None = None
         self._next_try = self._not_before = self._heard = self._connected_at = 0.0
+        #: Since when something is unanswered.
+        self._since = 0.0
         self._failures = 0
+        #: How many calls are in the outbox; and whether the last write was of several.
+        self._calls, self._crowded = 0, False
+        #: A reply was read that has no effect yet.
+        self._on_its_way = False
         self._hurry = asyncio.Event()
         self._detour = LoopDetour(self._open_there, leftovers.fence, recipe.timeout)
         self.connects = self.dropped = 0
 
     # -- for callers --------------------------------------------------------------------------------------------------
 
-    def call(self, packed: bytes, whole: Callable[[], bytes]) -> asyncio.Future[Any]:
-        """A future of the reply. Raises at once, with nothing sent, while no connection can be had: ConnectionError."""
+    def call(self, pack: Callable[..., bytes], *about: Any) -> asyncio.Future[Any]:
+        """A future of the reply to `pack(*about)`; with `whole=True` that makes the form which needs no script loaded.
+
+        Raises at once, with nothing sent, while no connection can be had: ConnectionError.
+        """
         now = self.loop.time()
         if self._conn is None and now < self._not_before:
             raise ConnectionError(
@@ -99,7 +110,7 @@ class Mux:
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
         waiter: asyncio.Future[Any] = self.loop.create_future()
-        self._queue(Command(packed, now, waiter, whole))
+        self._ask(Command(pack(*about), now, waiter, pack, about))
         return waiter
 
     def tell(self, releases: Sequence[Release]) -> None:
@@ -107,37 +118,49 @@ class Mux:
         if self.loop.is_closed():  # a coroutine that nobody ended is collected
             self._leftovers.add(releases)
             return
-        now = self.loop.time()
         for release in releases:
             if len(self._unanswered) >= MOST:
                 self.dropped += 1  # the lease's end gives the slot back
             else:
-                self._queue(Command(release.packed, now, release=release))
+                self._queue(release)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def _queue(self, command: Command) -> None:
-        self._unanswered.append(command)
-        if self._conn is not None:
+    def _ask(self, command: Command) -> None:
+        """Who is alone has to wait for no others who may follow; where there are several, they are written together."""
+        self._calls += 1
+        if len(self._outbox) < len(self._unanswered) or self._crowded or self._inbox is None:
+            self._queue(command)
+            return
+        self._expect(command)  # nothing is under way
+        self._outbox.append(command.packed)
+        self._write(self._inbox)
+
+    def _queue(self, command: Command | Release) -> None:
+        self._expect(command)
+        if self._inbox is not None:
             self._outbox.append(command.packed)
-            if command.waiter is not None and len(self._unanswered) == len(self._outbox):
-                self._write(self._conn)  # nothing is under way: nobody has to wait for others who may follow
-            elif len(self._outbox) == 1:  # the first of this tick: all that follow share its write
-                self.loop.call_soon(self._write, self._conn)
+            if len(self._outbox) == 1:  # the first of this turn of the loop: all that follow share its write
+                self.loop.call_soon(self._write, self._inbox)
         elif self._owner is None:
             self._owner = self.loop.create_task(self._own())
             self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
+
+    def _expect(self, command: Command | Release) -> None:
+        if not self._unanswered:
+            self._since = self.loop.time()
+        self._unanswered.append(command)
         if self._timer is None:
             self._timer = self.loop.call_later(self._timeout, self._sweep)
 
-    def _write(self, conn: Any) -> None:
+    def _write(self, inbox: Inbox) -> None:
         """What it cannot send the transport keeps: MOST commands at most."""
-        if conn is not self._conn:  # lost meanwhile: it is sent again
+        if inbox is not self._inbox or not self._outbox:  # lost meanwhile: it is sent again; or it was sent at once
             return
         batch = b"".join(self._outbox)
         self._outbox.clear()
-        if batch:
-            send(conn, batch)
+        self._crowded, self._calls = self._calls > 1, 0
+        send(inbox.transport, batch)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -146,67 +169,79 @@ class Mux:
         now, following = self.loop.time(), None
         self._timer = None
         for command in self._unanswered:
-            waiter = command.waiter
-            if waiter is None or waiter.done():
+            if isinstance(command, Release) or command.waiter.done():
                 continue
             if command.sent + self._timeout > now:
                 following = command.sent + self._timeout
                 break
-            waiter.set_exception(command.refused or TimeoutError(f"no answer from Redis in {self._timeout} s"))
+            command.waiter.set_exception(command.refused or TimeoutError(f"no answer from Redis in {self._timeout} s"))
         if self._unanswered:
-            silent = now - max(self._unanswered[0].sent, self._heard)
+            silent = now - max(self._since, self._heard)
             if self._conn is not None and self._reading is not None and silent > DEAD_AFTER * self._timeout:
                 self._reading.cancel()
             self._timer = self.loop.call_at(following or now + self._timeout, self._sweep)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, conn: Any) -> None:
-        now = self.loop.time
+    def _hear(self, numbers: Sequence[int | list[int]]) -> None:
+        """Replies as the inbox hands them on."""
+        self._heard = self.loop.time()
+        unanswered = self._unanswered
+        for number in numbers:
+            command = unanswered[0]
+            if not isinstance(command, Release) and not command.waiter.done():
+                command.waiter.set_result(number)
+            unanswered.popleft()  # only now: whatever cuts this short, nobody is forgotten who was not answered
+
+    async def _read(self, conn: Any, inbox: Inbox) -> None:
+        """All other replies."""
         while True:
-            try:  # `areply` by hand
-                reply = await conn.read_response(disconnect_on_error=False)
-            except ResponseError as error:
-                reply = refusal(conn, error)
-            self._heard = now()
+            await inbox.other()
+            reply = await areply(conn)
+            self._heard = self.loop.time()
             if isinstance(reply, Ask):
                 await self._send_on(reply)
             else:
                 self._answer(reply)
+            inbox.go_on()
 
     async def _send_on(self, ask: Ask) -> None:
         """The next answer is that of the node that the slot is moving to. All others wait for it: so the order is kept."""
         command = self._unanswered[0]
-        if not command.awaited and command.release is None:  # nobody waits for it, and nothing was carried out
+        if isinstance(command, Command) and command.waiter.done():  # nobody waits for it, and nothing was carried out
             self._answer(ask)
             return
+        self._on_its_way = True
         try:
             reply = await self._detour.call(ask, command.packed)
         except Moved:
             raise
         except LOST:  # it may have been carried out; the release that follows is carried out behind it, see `detour`
             reply = ask
+        self._on_its_way = False
         self._answer(reply)
 
     def _answer(self, reply: Any) -> None:
         command = self._unanswered.popleft()
-        waiter = command.waiter
-        if waiter is None or waiter.done():
-            if command.release is not None and passes(reply):
-                self._leftovers.add([command.release])
-        elif isinstance(reply, NoScriptError) and command.whole is not None:
-            self._queue(Command(command.whole(), command.sent, waiter, command.whole))
+        if isinstance(command, Release):
+            if passes(reply):
+                self._leftovers.add([command])
+        elif command.waiter.done():
+            pass
+        elif isinstance(reply, NoScriptError):
+            command.packed = command.pack(*command.about, whole=True)
+            self._ask(command)
         elif tries_again(reply) and self.loop.time() + PAUSE < command.sent + self._timeout:
             command.refused = reply
             self.loop.call_later(PAUSE, self._once_more, command)
         elif isinstance(reply, Exception):
-            waiter.set_exception(reply)
+            command.waiter.set_exception(reply)
         else:
-            waiter.set_result(reply)
+            command.waiter.set_result(reply)
 
     def _once_more(self, command: Command) -> None:
-        if command.awaited:  # else its release has been sent
-            self._queue(command)
+        if not command.waiter.done():  # else its release has been sent
+            self._ask(command)
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -219,8 +254,8 @@ class Mux:
                 await self._pause()
                 try:
                     conn = await self._connect()
-                    self._send_again(conn)
-                    self._reading = self.loop.create_task(self._read(conn))
+                    inbox = self._send_again(conn)
+                    self._reading = self.loop.create_task(self._read(conn, inbox))
                     await asyncio.wait([self._reading])  # unlike awaiting it: raises only if *we* are cancelled
                     error = TimeoutError("no reply") if self._reading.cancelled() else self._reading.exception()
                 except Exception as lost:  # also what a keyword or a credential provider of the project's raises
@@ -228,7 +263,7 @@ class Mux:
                 if conn is not None:
                     self._recipe.gave_up(conn, error)
                 self._failed(error, connected=conn is not None)
-                self._conn = None
+                self._conn = self._inbox = None
                 await self._detour.close()
                 if conn is not None:
                     await hang_up(conn)
@@ -241,7 +276,7 @@ class Mux:
                     self._reading.cancel()
                     await asyncio.wait([self._reading])
                 await self._farewell(conn)
-                self._conn = None
+                self._conn = self._inbox = None
                 # To close it properly takes TLS a round trip, which an ending loop does not wait for.
                 await hang_up(conn)
                 await self._detour.close()
@@ -268,9 +303,13 @@ class Mux:
 
     async def _farewell(self, conn: Any) -> None:
         """Send the last releases and hear their replies, but not for long."""
+        inbox = self._inbox
+        if inbox is None or self._on_its_way:  # the next reply would not be that to the next command
+            return
 
         async def hear() -> None:
-            self._write(conn)
+            self._write(inbox)
+            inbox.hand_back()
             while self._unanswered:
                 self._answer(await areply(conn))
 
@@ -289,10 +328,9 @@ class Mux:
         left, self._unanswered = self._unanswered, deque()
         if left or self._conn is not None:
             self._leftovers.fence(self._client)
-        self._leftovers.add([command.release for command in left if command.release is not None])
+        self._leftovers.add([command for command in left if isinstance(command, Release)])
         for command in left:
-            if command.awaited and not self.loop.is_closed():
-                assert command.waiter is not None
+            if isinstance(command, Command) and not command.waiter.done() and not self.loop.is_closed():
                 command.waiter.set_exception(ConnectionError("the event loop is closing"))
 
     async def _connect(self) -> Any:
@@ -352,7 +390,7 @@ class Mux:
         self._next_try = self._not_before = self.loop.time() + wait
         if final:
             for command in self._unanswered:
-                if command.waiter is not None and not command.waiter.done():
+                if isinstance(command, Command) and not command.waiter.done():
                     unreachable = ConnectionError(f"Redis cannot be reached: {_words(error)}")
                     unreachable.__cause__ = error
                     command.waiter.set_exception(unreachable)
@@ -363,16 +401,19 @@ class Mux:
         self._unanswered = deque(
             command
             for command in self._unanswered
-            if (command.awaited if command.release is None else command.release.until > now)
+            if (command.until > now if isinstance(command, Release) else not command.waiter.done())
         )
         return bool(self._unanswered)
 
-    def _send_again(self, conn: Any) -> None:
+    def _send_again(self, conn: Any) -> Inbox:
+        self._connected_at = self._heard = self.loop.time()
+        inbox = Inbox(conn, self._hear)
         self._prune()
         self._outbox = [command.packed for command in self._unanswered]
-        self._conn = conn
-        self._connected_at = self._heard = self.loop.time()
-        self._write(conn)
+        self._calls, self._on_its_way = 0, False
+        self._conn, self._inbox = conn, inbox
+        self._write(inbox)
+        return inbox
 
 
 def _words(error: BaseException | None) -> str:

@@ -11,6 +11,34 @@ _OF_BYTES: Final = frozenset(b"$!=")
 _OF_REPLIES: Final = {ord("*"): 1, ord("~"): 1, ord(">"): 1, ord("%"): 2, ord("|"): 2}
 
 
+def numbers(data: bytes) -> tuple[list[int | list[int]], int]:
+    """The replies that the data begins with, up to the first that is not whole or none of numbers, and where that begins.
+    Faster than one by one. Raises: ValueError for what no server says."""
+    lines = data.split(b"\r\n")
+    whole = len(lines) - 1  # behind the last end of a line there is none yet
+    found: list[int | list[int]] = []
+    at = 0
+    while at < whole:
+        line = lines[at]
+        kind = line[:1]
+        if kind == b":":
+            found.append(int(line[1:]))
+            at += 1
+            continue
+        if kind != b"*":
+            break
+        count = int(line[1:])
+        behind = at + 1 + count
+        if count < 0 or behind > whole:
+            break
+        each = [int(line[1:]) for line in lines[at + 1 : behind] if line[:1] == b":"]
+        if len(each) < count:
+            break
+        found.append(each)
+        at = behind
+    return found, len(data) - len(lines[whole]) if at == whole else sum(map(len, lines[:at])) + 2 * at
+
+
 def reply(data: bytes, at: int) -> tuple[int | list[int] | None, int]:
     """The reply that begins at `at`, and where it ends. None: one of something else than numbers. An end of -1: it is not
     whole yet. Raises: ValueError for what no server says."""

@@ -12,12 +12,12 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from django.core.checks import CheckMessage, Warning
 from django.core.exceptions import ImproperlyConfigured
@@ -57,6 +57,7 @@ HEAR_WITHIN = 1.0
 #: Seconds that stand for "no end": about 100 years.
 FAR = 3e9
 NO_END = float("inf")
+T = TypeVar("T")
 #: Slots that one renewal command is for, at most.
 RENEW_AT_ONCE = 500
 
@@ -112,7 +113,7 @@ class RedisBackend(BaseBackend):
         hears = await self._ear.ahears(slots[0].token, bell)
         ask = partial(self._keys.queue, slots, most, self._channel() if hears else b"")
         try:
-            reply = await self._multiplexed(ask(), partial(ask, whole=True), slots)
+            reply = await self._multiplexed(_as_it_is, slots, ask)
         except BackendError as error:
             return _later(error, slots, most)
         if wire.stands_still(reply, slots):
@@ -191,9 +192,8 @@ class RedisBackend(BaseBackend):
         if self._leftovers:
             self._wake()
 
-    async def atake(self, slots: Sequence[Slot]) -> TakeReply:
-        whole = partial(self._keys.take, slots, whole=True)
-        return wire.taken(await self._multiplexed(self._keys.take(slots), whole, slots), slots)
+    def atake(self, slots: Sequence[Slot]) -> Coroutine[Any, Any, TakeReply]:
+        return self._multiplexed(wire.taken, slots, self._keys.take, slots)
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         self._mux().tell(self._keys.give(slots))
@@ -283,20 +283,24 @@ class RedisBackend(BaseBackend):
         except Exception as error:  # also what a keyword or a credential provider of the project's raises
             raise classed(error, self._keys) from error
 
-    async def _multiplexed(self, packed: bytes, whole: Callable[[], bytes], slots: Sequence[Slot]) -> Any:
-        """One round trip on the running loop's connection. What it may have taken is given back if its reply does not come."""
+    async def _multiplexed(
+        self, read: Callable[[Any, Sequence[Slot]], T], slots: Sequence[Slot], pack: Callable[..., bytes], *about: Any
+    ) -> T:
+        """One round trip on the running loop's connection, and what its reply means. What it may have taken is given back if
+        its reply does not come. One coroutine for all of it, as a request waits for no other."""
         mux = self._mux()
         try:
-            waiter = mux.call(packed, whole)
+            waiter = mux.call(pack, *about)
         except RedisError as error:  # nothing was sent
             raise classed(error, self._keys) from error
         try:
-            return await waiter
+            reply = await waiter
         except BaseException as error:
             mux.tell(self._keys.give(slots))  # behind the acquire, on its connection: only there it cannot overtake
             if isinstance(error, RedisError):
                 raise classed(error, self._keys) from error
             raise
+        return read(reply, slots)
 
     def _channel(self) -> bytes:
         return self._keys.channel(process_id())
@@ -412,6 +416,10 @@ class RedisBackend(BaseBackend):
         self._ear.forget()
         self._muxes = {}
         self._tended = self._delivering = self._hearing = self._hearing_later = False
+
+
+def _as_it_is(reply: Any, slots: Sequence[Slot]) -> Any:
+    return reply
 
 
 def _in_parts(call: Callable[[Sequence[Any]], list[bool]], asked: Sequence[Any]) -> list[bool]:
