@@ -52,6 +52,7 @@ def _on_store(store: str, way: str, at_once: int, url: str, with_peer: bool) -> 
     made = {"bare": requests("bare", way, at_once)}
     if url:
         made["raw2"] = Cell(floor.araw2(url), way, at_once) if way == "async" else Cell(floor.raw2(url), way, at_once)
+        made["raw2 in a view"] = requests("redis-raw2", way, at_once)
     made["store"] = Cell(alone.atakes(store) if way == "async" else alone.takes(store), way, at_once)
     made["decorator"] = requests(f"{store}-view-1", way, at_once)
     made["middleware"] = requests(f"{store}-mw-1", way, at_once, True)
@@ -87,6 +88,14 @@ def on_store(
                     ("raw2", None),
                     one,
                     one is not None and at_once < 100,
+                )
+            )
+            rows.append(
+                Row(
+                    f"{name}-{by}-in-a-view",
+                    f"{words}, by {by} / raw2 in a view",
+                    (by, "bare"),
+                    ("raw2 in a view", "bare"),
                 )
             )
         rows.append(
