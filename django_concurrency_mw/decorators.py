@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import wraps
 from inspect import isawaitable
 from itertools import count
+from types import CoroutineType
 from typing import Any, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction
@@ -238,14 +239,19 @@ class _Guard:
             return await _awaited(self._view(*args, **kwargs))
         config, policy = turn
         lease, shares = join(request)
-        answer = self._answer(aadmit(request, lease, (policy,), _url_kwargs(request, kwargs), config), args, kwargs)
-        return await (_to_its_end(request, lease, answer) if shares else answer)
-
-    async def _answer(
-        self, admission: Awaitable[HttpResponseBase | None], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        response = await admission
-        return await _awaited(self._view(*args, **kwargs)) if response is None else response
+        try:
+            response: Any = await aadmit(request, lease, (policy,), _url_kwargs(request, kwargs), config)
+            if response is None:
+                response = self._view(*args, **kwargs)
+                if type(response) is CoroutineType or isawaitable(response):
+                    response = await response
+        except BaseException as error:
+            if shares and leave(request, lease):
+                await _cut_short(lease, error)
+            raise
+        if shares and leave(request, lease):
+            await _concluded(request, response, lease)
+        return response
 
     def _is_awaited(self, instance: object | None) -> bool:
         """Has this `dispatch` to answer with something to await, a rejection included?
@@ -288,27 +294,20 @@ class _Guard:
         return self._limit.policy(self._limit.name_on(cls, method, number), config)
 
 
-async def _to_its_end(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Any:
-    """The answer, and the end of the request's lease with it, if nobody else shares in it any more."""
-    try:
-        response = await answer
-    except asyncio.CancelledError:
-        if leave(request, lease):
-            await release_cancelled(lease)
-        raise
-    except Exception:
-        if leave(request, lease):
-            await lease.arelease()
-        raise
-    except BaseException:  # GeneratorExit and the like: nothing may be awaited any more
-        if leave(request, lease):
-            lease.release()
-        raise
-    if leave(request, lease):
-        if lease.tells:
-            conclude(request, response, lease)
-        await afinish(lease, response)
-    return response
+async def _cut_short(lease: Lease, error: BaseException) -> None:
+    """This ended the request instead of an answer."""
+    if isinstance(error, asyncio.CancelledError):
+        await release_cancelled(lease)
+    elif isinstance(error, Exception):
+        await lease.arelease()
+    else:  # GeneratorExit and the like: nothing may be awaited any more
+        lease.release()
+
+
+async def _concluded(request: HttpRequest, response: Any, lease: Lease) -> None:
+    if lease.tells:
+        conclude(request, response, lease)
+    await afinish(lease, response)
 
 
 def _later(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
@@ -317,7 +316,15 @@ def _later(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Corout
 
     async def awaited() -> Any:
         nobody[0].detach()
-        return await _to_its_end(request, lease, answer)
+        try:
+            response = await answer
+        except BaseException as error:
+            if leave(request, lease):
+                await _cut_short(lease, error)
+            raise
+        if leave(request, lease):
+            await _concluded(request, response, lease)
+        return response
 
     coroutine = awaited()
     # A coroutine that is never started runs none of its own code, its `except` clauses included.

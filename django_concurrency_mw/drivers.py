@@ -266,6 +266,14 @@ async def agive(store: Any, slots: Sequence[Slot]) -> tuple[bool, ...] | StoreFa
         return StoreFailed(error)
 
 
+def give_on_loop(store: Any, slots: Sequence[Slot]) -> tuple[bool, ...] | StoreFailed:
+    """Without steps, of a store that need not be waited for."""
+    try:
+        return tuple(store.give_on_loop(slots))
+    except Exception as error:
+        return StoreFailed(error)
+
+
 async def _agive(effect: Give) -> tuple[bool, ...] | StoreFailed:
     return await agive(effect.store, effect.slots)
 

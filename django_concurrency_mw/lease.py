@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from . import health, notices, renewals, signals, stand_ins
 from .backends.base import BaseBackend, age_of
 from .bells import Bell
-from .drivers import agive, arun, give, run
+from .drivers import agive, arun, give, give_on_loop, run
 from .effects import Give, Notify, Steps
 from .handover import pack
 from .held import RENEW_AFTER, Held, by_store
@@ -308,21 +308,38 @@ class Lease:
 
     async def arelease(self) -> None:
         """Give everything back on an event loop. Never raises but for a cancel."""
+        rest = self.released()
+        if rest is not None:
+            await rest
+
+    def released(self) -> Awaitable[None] | None:
+        """Give everything back on an event loop: at once, where nothing has to be waited for, as mostly; else what is to be
+        awaited for it. Never raises."""
         popped = self._pop_all()
         if not popped:
-            return
+            return None
         try:
-            slots = self._in_plain(popped)
-            if slots is None:
-                await arun(self._steps(popped, all_of_it=True))
-                return
-            store = popped[0].store
-            reply = give(store, slots) if store.never_waits else await agive(store, slots)
+            slots, store = self._in_plain(popped), popped[0].store
+            if slots is None or not store.gives_on_loop:
+                return self._released(popped, slots)
+            reply = give_on_loop(store, slots)
         except BaseException:
             self._give_later(popped)
             raise
         if reply != _ONE_GIVEN or popped[0].lost or popped[0].ends < monotonic():
             self._given_plainly(popped, reply)
+        return None
+
+    async def _released(self, popped: Sequence[Held], slots: Sequence[Slot] | None) -> None:
+        try:
+            if slots is None:
+                await arun(self._steps(popped, all_of_it=True))
+                return
+            reply = await agive(popped[0].store, slots)
+        except BaseException:
+            self._give_later(popped)
+            raise
+        self._given_plainly(popped, reply)
 
     def announce(self, token: str) -> None:
         """What this acquisition holds is told of, now and when it is given back."""

@@ -39,7 +39,9 @@ def finish(lease: Lease, response: HttpResponseBase) -> None:
 async def afinish(lease: Lease, response: HttpResponseBase) -> None:
     """Give back now, or at the response's end; on an event loop."""
     if type(response) in ENDED or not _bound(lease, response):
-        await lease.arelease()
+        rest = lease.released()
+        if rest is not None:
+            await rest
 
 
 async def release_cancelled(lease: Lease) -> None:

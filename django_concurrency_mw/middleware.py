@@ -12,7 +12,7 @@ from django.http.response import HttpResponseBase
 
 from . import conf
 from .admission import aadmit, admit
-from .lifetime import afinish, finish, release_cancelled
+from .lifetime import ENDED, afinish, finish, release_cancelled
 from .limiter import LEASE, begin, conclude, end, join, policies_of
 from .outcomes import NOT_LIMITED
 from .routes import innermost
@@ -61,7 +61,10 @@ class ConcurrencyLimitMiddleware:
         if getattr(request, LEASE, None) is not None and (lease := request.__dict__.pop(LEASE, None)) is not None:
             if lease.tells:
                 conclude(request, response, lease)
-            finish(lease, response)
+            if type(response) in ENDED:  # as nearly always
+                lease.release()
+            else:
+                finish(lease, response)
         return response
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
@@ -80,7 +83,10 @@ class ConcurrencyLimitMiddleware:
         if getattr(request, LEASE, None) is not None and (lease := request.__dict__.pop(LEASE, None)) is not None:
             if lease.tells:
                 conclude(request, response, lease)
-            await afinish(lease, response)
+            if type(response) not in ENDED:
+                await afinish(lease, response)
+            elif (rest := lease.released()) is not None:
+                await rest
         return response
 
     def sync_process_view(

@@ -343,7 +343,7 @@ class TestGivingBack:
     ) -> None:
         """A worker's SystemExit, say: then the keeper gives back."""
         held = take(store, policy())
-        store.never_waits = half == "loop"
+        store.gives_on_loop = half == "loop"
         give = store.give
 
         def cut(slots: Sequence[Slot]) -> Sequence[bool]:

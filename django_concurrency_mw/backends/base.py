@@ -141,6 +141,8 @@ class BaseBackend(ABC):
 
     #: Its calls wait for nobody, so that an event loop may make them itself.
     never_waits: bool = False
+    #: So may it call `give_on_loop`, instead of awaiting `agive`.
+    gives_on_loop: bool = False
     #: Seconds that one call may take before it fails; 0 where it waits for nobody.
     timeout: float = 0.0
     #: Of a store on a Redis: which server, and which of its databases.
@@ -237,6 +239,10 @@ class BaseBackend(ABC):
         from asgiref.sync import sync_to_async
 
         return await sync_to_async(self.give, thread_sensitive=False)(slots)
+
+    def give_on_loop(self, slots: Sequence[Slot]) -> Sequence[bool]:
+        """`agive` of a store where `gives_on_loop` says that nothing is waited for. The default calls `give`."""
+        return self.give(slots)
 
     def evict(self, token: str) -> bool:
         """Take a holder's slots away, for operators. Returns whether there was such a holder."""

@@ -70,7 +70,8 @@ class MemoryBackend(BaseBackend):
                 f"{config.place}['OPTIONS']: the memory store has no options, "
                 f"got {', '.join(sorted(map(repr, config.options)))}"
             )
-        self.never_waits = type(self) is MemoryBackend  # a subclass may do anything
+        if type(self) is MemoryBackend:  # a subclass may do anything
+            self.never_waits = self.gives_on_loop = True
         self._forget()
         _stores.add(self)
 
