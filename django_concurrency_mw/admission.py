@@ -58,7 +58,15 @@ async def aadmit(
     asking = _begin(request, lease, policies, config) if lease.is_new else None
     if asking is not None:
         store, slots, asked, began = asking
-        reply = take(store, slots) if store.never_waits else await atake(store, slots)
+        if store.never_waits:
+            reply = take(store, slots)
+        elif store.cancel_safe and store.failure is None:  # `atake` by hand: each coroutine costs as much as a key
+            try:
+                reply = await store.atake(slots)
+            except Exception as error:
+                reply = StoreFailed(error)
+        else:
+            reply = await atake(store, slots)
         if _has_all(asking, reply, request, lease):
             if signals.slot_acquired.receivers:
                 await arun(_announce(asked, request))
