@@ -41,7 +41,13 @@ def admit(
     asking = _begin(request, lease, policies, config) if lease.is_new else None
     if asking is not None:
         store, slots, asked, began = asking
-        reply = take(store, slots)
+        if store.failure is None:  # `take` by hand, here and below: this is all that most requests do
+            try:
+                reply = store.take(slots)
+            except Exception as error:
+                reply = StoreFailed(error)
+        else:
+            reply = take(store, slots)
         if _has_all(asking, reply, request, lease):
             if signals.slot_acquired.receivers:
                 run(_announce(asked, request))
@@ -60,7 +66,7 @@ async def aadmit(
         store, slots, asked, began = asking
         if store.never_waits:
             reply = take(store, slots)
-        elif store.cancel_safe and store.failure is None:  # `atake` by hand: each coroutine costs as much as a key
+        elif store.cancel_safe and store.failure is None:
             try:
                 reply = await store.atake(slots)
             except Exception as error:
@@ -101,7 +107,8 @@ def _has_all(asking: Asking, reply: TakeReply | StoreFailed, request: HttpReques
         limiter.note(store, slots, reply, began)
         return False
     counts = reply.in_flight
-    peaks.seen(store, slots, counts)
+    if len(counts) > 1 or counts[0] > peaks.most_seen.get(id(store), peaks.NOTHING).get(slots[0].policy, 0):
+        peaks.seen(store, slots, counts)
     told = asked, counts
     if False in reply.held or not lease.confirm_at_once(slots, told):
         return False

@@ -19,7 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from . import health, notices, renewals, signals, stand_ins
 from .backends.base import BaseBackend, age_of
 from .bells import Bell
-from .drivers import agive, arun, give, give_on_loop, run
+from .drivers import agive, arun, give_on_loop, run
 from .effects import Give, Notify, Steps
 from .handover import pack
 from .held import RENEW_AFTER, Held, by_store
@@ -299,7 +299,10 @@ class Lease:
             if slots is None:
                 run(self._steps(popped, all_of_it=True))
                 return
-            reply = give(popped[0].store, slots)
+            try:
+                reply: tuple[bool, ...] | StoreFailed = tuple(popped[0].store.give(slots))
+            except Exception as error:
+                reply = StoreFailed(error)
         except BaseException:  # nobody has these slots any more but us
             self._give_later(popped)
             raise

@@ -28,12 +28,12 @@ NOTE_EVERY = 2.0
 #: Seconds between two notes of a process that only holds; less than half of what a store keeps of a process.
 STILL_HERE_EVERY = 240.0
 
-_NOTHING: Final[Mapping[str, int]] = {}
+NOTHING: Final[Mapping[str, int]] = {}
 
 
 def seen(store: BaseBackend, slots: Sequence[Slot], in_flight: Sequence[int]) -> None:
     """A take's reply: this much is in flight on the semaphore of each slot. Never raises, never waits for a store."""
-    most = _most.get(id(store), _NOTHING)
+    most = most_seen.get(id(store), NOTHING)
     for slot, count in zip(slots, in_flight):  # noqa: B905  # strict is slow
         if count > most.get(slot.policy, 0):
             _keep(store, slot.policy, count)
@@ -49,13 +49,13 @@ def _keep(store: BaseBackend, policy: str, count: int) -> None:
         return
     number = id(store)
     with _changing:
-        most = _most.get(number)  # it may be a later window than the caller's
+        most = most_seen.get(number)  # it may be a later window than the caller's
         if most is None:
             # The call first: whatever comes in between, no window is left without one.
             _call_later(NOTE_EVERY, partial(_note, number))
             if number not in _stores:
                 _stores[number] = weakref.ref(store, partial(_gone, number))
-            most = _most[number] = {}
+            most = most_seen[number] = {}
         if count > most.get(policy, 0):
             most[policy] = count
 
@@ -64,13 +64,13 @@ def _note(number: int) -> None:
     """In the keeper's thread, or at exit: pass a window on. A store that fails is not asked, and one that does is not blamed:
     its requests will notice."""
     with _changing:
-        store, most = _store(number), _most.get(number)
+        store, most = _store(number), most_seen.get(number)
         if store is None or most is None:
             return
         if store.failure is not None:
             _call_later(NOTE_EVERY, partial(_note, number))
             return
-        del _most[number]
+        del most_seen[number]
     try:
         store.note(most)
     except BaseException as error:  # whatever a store raises: the thread is the keeper's
@@ -112,12 +112,12 @@ def _store(number: int) -> BaseBackend | None:
 
 def _gone(number: int, _: object) -> None:
     """From a garbage collection, wherever that is: without a lock. No other store can have its number before."""
-    for known in (_most, _stores, _noted):
+    for known in (most_seen, _stores, _noted):
         known.pop(number, None)
 
 
 #: By the id of a store, which must not be kept alive: a look-up by a weak reference would cost more than all the rest.
-_most: dict[int, dict[str, int]] = {}
+most_seen: dict[int, dict[str, int]] = {}
 _stores: dict[int, weakref.ref[BaseBackend]] = {}
 #: When a store that is looked after was told last.
 _noted: dict[int, float] = {}
@@ -129,7 +129,7 @@ def _forked() -> None:
     """What the parent saw it notes itself; and its keeper's calls are not made in the child."""
     global _changing
     _changing = threading.RLock()
-    _most.clear()
+    most_seen.clear()
     _stores.clear()
     _noted.clear()
 

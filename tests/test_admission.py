@@ -481,7 +481,7 @@ def test_the_most_in_flight_is_noted(limits: Limits, admit: Callable[..., Any]) 
         assert admit(request, lease, config.table.policies, {}, config) is None
         lease.release()
     (store,) = config.stores.values()
-    assert peaks._most[id(store)] == {"p": 1}
+    assert peaks.most_seen[id(store)] == {"p": 1}
 
 
 class Impatient(MemoryBackend):

@@ -99,7 +99,7 @@ def note(store: BaseBackend) -> None:
 
 
 def window(store: BaseBackend) -> Mapping[str, int]:
-    return peaks._most.get(id(store), {})
+    return peaks.most_seen.get(id(store), {})
 
 
 class TestWhatAStoreKeeps:
@@ -304,7 +304,7 @@ class TestSeen:
         store = MemoryBackend(BackendConfig("default", "memory"))
         peaks.seen(store, (slot(PROBE), slot("p")), (7, 0))
         peaks.seen(store, (slot(PROBE),), (7,))
-        assert id(store) not in peaks._most
+        assert id(store) not in peaks.most_seen
 
     def test_outside_a_request_too(self, limits: Limits, quiet: None) -> None:
         limits({"policies": {"tasks": {"key": "global", "max_concurrent": 3}}})
@@ -316,10 +316,10 @@ class TestSeen:
         store = MemoryBackend(BackendConfig("default", "memory"))
         peaks.seen(store, (slot(),), (1,))
         number = id(store)
-        assert number in peaks._most
+        assert number in peaks.most_seen
         del store
         gc.collect()
-        assert number not in peaks._most
+        assert number not in peaks.most_seen
         assert number not in peaks._stores
         peaks._note(number)
 
@@ -415,7 +415,7 @@ class TestWhoHoldsForLong:
             assert [seconds for seconds, _ in calls] == [peaks.NOTE_EVERY, peaks.STILL_HERE_EVERY]
             peaks._noted[id(store)] -= peaks.STILL_HERE_EVERY
             calls[1][1]()
-            assert id(store) in peaks._most, "the next note is due"
+            assert id(store) in peaks.most_seen, "the next note is due"
             assert [seconds for seconds, _ in calls[2:]] == [peaks.NOTE_EVERY, peaks.STILL_HERE_EVERY]
             note(store)
             assert len(calls) == 4
@@ -433,9 +433,9 @@ class TestWhoHoldsForLong:
         limits({"policies": {"tasks": {"key": "global", "max_concurrent": 3}}})
         with hold("tasks") as concurrency:
             token = concurrency.hand_over()
-        peaks._most.clear()
+        peaks.most_seen.clear()
         with hold(token):
-            assert id(the_store()) in peaks._most
+            assert id(the_store()) in peaks.most_seen
 
 
 #: In another process: takes and keeps, and sees as many as it is told to.
