@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from django_concurrency_mw.outcomes import UNLIMITED, Slot, Taken
 
 from .chaos import LONG
 from .host_file import consistent, held_by_state
+from .striking import struck_at
 
 CELLS = 64
 #: Steps of one history, and how many of those.
@@ -243,37 +242,6 @@ def test_behind_the_last_cell_there_is_none(make: Callable[..., HostBackend], mo
 # -- cut short --------------------------------------------------------------------------------------------------------
 
 
-class Struck(BaseException):
-    """Raised before a bytecode."""
-
-
-def struck_at(point: int, call: Callable[[], Any]) -> bool:
-    """Do this, and raise before the bytecode of that number of the short way. False: it has fewer."""
-    seen = 0
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal seen
-        if frame.f_code.co_filename != alone.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            seen += 1
-            if seen == point:
-                raise Struck
-        return trace
-
-    before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True
-    sys.settrace(trace)
-    try:
-        call()
-    except Struck:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_take_that_is_cut_short_anywhere_is_undone_by_a_release(
     others: int, make: Callable[..., HostBackend]
@@ -283,7 +251,7 @@ def test_a_take_that_is_cut_short_anywhere_is_undone_by_a_release(
     for number in range(others):
         other.take([slot(token=f"other{number}")])
     point = 1
-    while struck_at(point, lambda: store.take([slot(token="mine", cost=2)])):
+    while struck_at(point, alone, lambda: store.take([slot(token="mine", cost=2)])):
         other.counts([slot()])  # whoever comes next mends what is half done
         assert consistent(table_of(other)) == [], point
         store.give([slot(token="mine", cost=2)])
@@ -308,7 +276,7 @@ def test_a_release_that_is_cut_short_anywhere_has_given_all_or_nothing(
     mine, point, free = [slot(token="mine", cost=2)], 1, False
     while True:
         store.take(mine)
-        if not struck_at(point, lambda: store.give(mine)):
+        if not struck_at(point, alone, lambda: store.give(mine)):
             break
         its = table_of(store)
         is_held, total = held_by_state(its)[HELD] == 2 + others, its.total(*semaphore(*slot().semaphore))

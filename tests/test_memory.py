@@ -19,6 +19,7 @@ from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Full, Slot, Taken
 
 from .chaos import LONG
+from .striking import struck_at
 from .support import SOON, exit_code
 
 
@@ -293,3 +294,26 @@ def test_a_garbage_collection_inside_a_call_may_give_back(
     thread.join(SOON)
     assert not thread.is_alive(), "it waits for its own lock"
     assert [holder.token for holder in store.snapshot()] == ["new"]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("cost", [1, 2])
+def test_what_is_cut_short_anywhere_leaves_nothing_that_a_release_does_not_undo(
+    store: MemoryBackend, cost: int, others: int
+) -> None:
+    mine = Slot("p", make_key("k"), 9, 60, "mine", True, cost=cost)
+    if others:
+        store.take([slot(limit=9, token="other")])
+
+    def both() -> None:
+        store.take([mine])
+        store.give([mine])
+
+    point = 1
+    while struck_at(point, memory, both, by_signals=True):
+        store.give([mine])
+        assert store.counts([mine]) == [others], point
+        assert len(store._semaphores) == others, point
+        assert store._lock.depth == 0, point
+        point += 1
+    assert point > 10

@@ -89,37 +89,38 @@ class MemoryBackend(BaseBackend):
 
     def take(self, slots: Sequence[Slot]) -> TakeReply:
         entrance = self._lock
-        with entrance.lock:  # by hand, as `give`: every request comes by
-            entrance.depth += 1
+        with entrance.lock:  # by hand, and in one piece, as `give`: every request comes by
+            if entrance.depth:
+                raise BackendError("a take inside another one, from a garbage collection", whole=False)
             try:
-                if entrance.depth == 1:
-                    if self._late:
-                        self._drop_late()
-                    alone = len(slots) == 1 and not self._lines.waiting
-                    reply = self._take_one(slots[0]) if alone else self._take_all(slots, monotonic())
-                    if self._late:
-                        self._drop_late()
-                    return reply
+                entrance.depth = 1
+                if self._late:
+                    self._drop_late()
+                now = monotonic()
+                reply = None if len(slots) != 1 or self._lines.waiting else self._take_one(slots[0], now)
+                if reply is None:
+                    reply = self._take_all(slots, now)
+                if self._late:
+                    self._drop_late()
+                return reply
             finally:
-                entrance.depth -= 1
-        raise BackendError("a take inside another one, from a garbage collection", whole=False)
+                entrance.depth = 0
 
-    def _take_one(self, slot: Slot) -> TakeReply:
-        """Nobody waits for anything."""
-        now = monotonic()
+    def _take_one(self, slot: Slot, now: float) -> TakeReply | None:
+        """Nobody waits for anything. None: it takes a closer look."""
         name, token, count = (slot.policy, slot.key.digest), slot.token, slot.cost
         known = self._semaphores
         semaphore = known.get(name)
         if semaphore is None:
             if count > slot.limit:
-                return _answer(slot, False, 0)
+                return None
             semaphore = known[name] = Semaphore()
             if len(known) > self._most:
                 self._most = len(known)
         else:
             count += semaphore.total()
             if count > slot.limit or token in semaphore:
-                return self._take_all((slot,), now)
+                return None
         ends = now + slot.ttl
         if slot.cost == 1:
             semaphore[token] = Held(slot, now, ends)
@@ -158,11 +159,11 @@ class MemoryBackend(BaseBackend):
     def give(self, slots: Sequence[Slot]) -> Sequence[bool]:
         entrance = self._lock
         with entrance.lock:
-            entrance.depth += 1
+            if entrance.depth:
+                self._late.extend(slots)
+                return [True] * len(slots)
             try:
-                if entrance.depth > 1:
-                    self._late.extend(slots)
-                    return [True] * len(slots)
+                entrance.depth = 1
                 if len(slots) != 1 or self._lines.waiting:
                     given = self._drop([(slot.semaphore, slot.token) for slot in slots])
                 else:
@@ -172,7 +173,7 @@ class MemoryBackend(BaseBackend):
                     self._drop_late()
                 return given
             finally:
-                entrance.depth -= 1
+                entrance.depth = 0
 
     async def agive(self, slots: Sequence[Slot]) -> Sequence[bool]:
         return self.give(slots)
@@ -305,7 +306,9 @@ class MemoryBackend(BaseBackend):
             return True
         semaphore.drop_lapsed(now)
         if not semaphore:
-            self._discard(slot.semaphore)
+            del self._semaphores[slot.semaphore]
+            if self._most > SHRINK_FROM:
+                self._shrink()
         return semaphore.total() <= room
 
     def _is_theirs(self, slot: Slot) -> bool:
@@ -407,19 +410,18 @@ class MemoryBackend(BaseBackend):
         if semaphore is None:
             return False
         held = semaphore.get(token)
-        if held is None:
-            return False
-        if held.cost == 1:
+        if held is not None and held.cost == 1:
             del semaphore[token]
-        else:
+        elif held is not None:
             semaphore.remove(token)
-        if not semaphore:
-            self._discard(name)
-        return held.ends > monotonic()
+        if not semaphore:  # also where its take was cut short
+            del self._semaphores[name]
+            if self._most > SHRINK_FROM:
+                self._shrink()
+        return held is not None and held.ends > monotonic()
 
-    def _discard(self, name: tuple[str, bytes]) -> None:
-        del self._semaphores[name]
-        if self._most > SHRINK_FROM and len(self._semaphores) < self._most // 8:
+    def _shrink(self) -> None:
+        if len(self._semaphores) < self._most // 8:
             self._semaphores = dict(self._semaphores)
             self._most = len(self._semaphores)
 
@@ -449,12 +451,6 @@ class MemoryBackend(BaseBackend):
 
 #: What a take of one slot is told, by the count.
 _ALONE = tuple(Taken((True,), (count,)) for count in range(256))
-
-
-def _answer(slot: Slot, fits: bool, count: int) -> TakeReply:
-    if not fits and slot.block:
-        return Full((True,), (count,))
-    return Taken((fits,), (count,))
 
 
 _stores: weakref.WeakSet[MemoryBackend] = weakref.WeakSet()
