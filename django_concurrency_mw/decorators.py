@@ -28,7 +28,7 @@ from .fields import UNSET, override
 from .keeper import keeper
 from .keyspec import parse_key
 from .lease import Lease
-from .lifetime import afinish, finish, release_cancelled
+from .lifetime import ENDED, afinish, finish, release_cancelled
 from .limiter import MARK, conclude, join, leave
 from .naming import MARK_EACH, NOT_A_NAME, further_in, instance_of, marks, numbered, path_of
 from .outcomes import NOT_LIMITED
@@ -206,7 +206,10 @@ class _Guard:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of a view that is no coroutine function."""
-        request, instance = _request_of(args, kwargs)
+        if args and isinstance(args[0], HttpRequest):  # as nearly always
+            request, instance = args[0], None
+        else:
+            request, instance = _request_of(args, kwargs)
         if self._awaited or (self._is_dispatch and self._is_awaited(instance)):
             return self.acall(args, kwargs)
         turn = self._turn(request, instance)
@@ -228,12 +231,18 @@ class _Guard:
         if shares and leave(request, lease):
             if lease.tells:
                 conclude(request, response, lease)
-            finish(lease, response)
+            if type(response) in ENDED:
+                lease.release()
+            else:
+                finish(lease, response)
         return response
 
     async def acall(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """On an event loop."""
-        request, instance = _request_of(args, kwargs)
+        if args and isinstance(args[0], HttpRequest):
+            request, instance = args[0], None
+        else:
+            request, instance = _request_of(args, kwargs)
         turn = self._turn(request, instance)
         if turn is None:
             return await _awaited(self._view(*args, **kwargs))
@@ -336,8 +345,6 @@ def _later(request: HttpRequest, lease: Lease, answer: Awaitable[Any]) -> Corout
 
 def _request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[HttpRequest, object | None]:
     """The request, and the instance where the first argument is one (a method decorated as it is)."""
-    if args and isinstance(args[0], HttpRequest):
-        return args[0], None
     for position, argument in enumerate(args[:2]):
         if isinstance(argument, HttpRequest):
             return argument, args[0] if position else None

@@ -80,11 +80,12 @@ def join(request: HttpRequest) -> tuple[Lease, bool]:
 
 def leave(request: HttpRequest, lease: Lease) -> bool:
     """Does the caller, who shares in owning the lease, have to end it now? Then the request has none any more."""
-    lease.sharers -= 1
-    if lease.sharers:
+    lease.sharers = left = lease.sharers - 1
+    if left:
         return False
-    if vars(request).get(LEASE) is lease:
-        del vars(request)[LEASE]
+    attributes = request.__dict__
+    if attributes.get(LEASE) is lease:
+        del attributes[LEASE]
     return True
 
 
