@@ -15,10 +15,12 @@ from .conftest import ROOT, Run
 from .redis_server import RedisServer
 from .redis_server import binary as redis_program
 
+#: So that a burst is inside together where all three run at once beside other tests; seconds.
+LONG = {"EXAMPLE_HOLD": "1.0"}
 #: Run of the demo -> its arguments, and its variables.
 DEMOS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "alone": ([], {}),
-    "redis": (["--redis"], {}),
+    "alone": ([], LONG),
+    "redis": (["--redis"], LONG),
     "unlimited": ([], {"EXAMPLE_LIMITS_OFF": "1", "EXAMPLE_HOLD": "0.2"}),
 }
 #: How a run of the demo ended, and the folder that it had for its files.

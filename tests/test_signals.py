@@ -139,6 +139,7 @@ class TestArguments:
             Switchable.down = down
             assert wait_until(lambda down=down: down is not None or stores_work())
             assert ask(half, "/told/")[0] == 200
+        assert wait_until(lambda: len(found.of("backend_failed")) == 4)  # by the probe's thread, behind its look
         told = found.of("backend_failed")
         assert [arguments["recovered"] for arguments in told] == [False, True, False, True]
         error = told[0].pop("error")
