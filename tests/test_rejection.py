@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from django.core import mail
 from django.core.cache import cache
+from django.http.request import MediaType
 from django.test import Client, RequestFactory, override_settings
 from django.utils import translation
 from django.utils.autoreload import file_changed
@@ -549,6 +550,21 @@ def test_what_clients_accept_takes_no_more_memory_than_that(monkeypatch: pytest.
     assert preferred("text/html," + " " * rejection.LONGEST_KNOWN) == "text/html"
     assert preferred("text/html," + " " * rejection.LONGEST_ACCEPT) == PROBLEM
     assert known == before
+
+
+def test_what_others_say_a_client_accepts_is_not_remembered_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A middleware's own word counts for its request alone; and so do headers that were read before META was changed."""
+    monkeypatch.setattr(rejection, "_preferences", {})
+    for _ in range(2):
+        of_a_middleware = RequestFactory().get("/", HTTP_ACCEPT="*/*")
+        of_a_middleware.accepted_types = [MediaType("text/html")]  # type: ignore[misc]  # a cached property
+        assert rejection._preferred(of_a_middleware) == "text/html"
+        assert rejection._preferred(RequestFactory().get("/", HTTP_ACCEPT="*/*")) == PROBLEM
+        changed = RequestFactory().get("/", HTTP_ACCEPT="text/html")
+        assert changed.headers["Accept"] == "text/html"
+        changed.META["HTTP_ACCEPT"] = "application/json"
+        assert rejection._preferred(changed) == "text/html"
+        assert rejection._preferred(RequestFactory().get("/", HTTP_ACCEPT="application/json")) == "application/json"
 
 
 class TestReady:
