@@ -300,7 +300,8 @@ class _Sampled:
 
     def forget(self) -> None:
         """In a forked child: a thread that is not in it may have held the lock."""
-        self._lock = threading.Lock()
+        #: An RLock: a garbage collection inside may end a stream, whose own code may be rejected.
+        self._lock = threading.RLock()
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def count(self, policy: str, reason: str) -> int:

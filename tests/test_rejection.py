@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from django_concurrency_mw import rejection
 from django_concurrency_mw.outcomes import Rejection
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, nothing_held, run_async
+from .support import OURS, SOON, Limits, nothing_held, run_async
 
 pytestmark = pytest.mark.urls("tests.rejecting_urls")
 
@@ -509,6 +510,25 @@ def test_the_log_does_not_grow_with_keys(limits: Limits) -> None:
     for number in range(300):
         assert client.get(f"/view/?k={number}").status_code == 429
     assert list(rejection._sampled._seen) == [("p", "full")]
+
+
+def test_a_garbage_collection_in_the_count_may_end_what_is_rejected_itself() -> None:
+    """A stream that nobody has closed, whose own code asks for a slot."""
+    sampled = rejection._Sampled()
+    counted: list[int] = []
+
+    class Collected(dict[Any, Any]):
+        def get(self, *arguments: Any) -> Any:
+            if not counted:
+                counted.append(0)
+                counted.append(sampled.count("q", "full"))
+            return super().get(*arguments)
+
+    sampled._seen = Collected()
+    thread = threading.Thread(target=lambda: counted.append(sampled.count("p", "full")), daemon=True)
+    thread.start()
+    thread.join(SOON)
+    assert counted == [0, 1, 1]
 
 
 def test_request_knows_why(limits: Limits) -> None:
