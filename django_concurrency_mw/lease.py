@@ -99,17 +99,22 @@ class Lease:
         self._fields = fields
 
     def _tell(self) -> None:
-        if self._at_once is None:
+        told = self._at_once
+        if told is None:
             return
-        asked, counts = self._at_once
+        asked, counts = told
+        results = {
+            (entry.policy.name, entry.key.digest): PolicyResult(
+                entry.policy.name, entry.key.text, "held", count, entry.limit
+            )
+            for entry, count in zip(asked, counts, strict=True)
+        }
+        fields = remaining(asked, counts)
+        if self._at_once is not told:  # another thread was first, and may have added to it
+            return
         if not self._given_back:
-            self._results = {
-                (entry.policy.name, entry.key.digest): PolicyResult(
-                    entry.policy.name, entry.key.text, "held", count, entry.limit
-                )
-                for entry, count in zip(asked, counts, strict=True)
-            }
-        self._fields = remaining(asked, counts)
+            self._results = results
+        self._fields = fields
         self._at_once = None  # last: another thread may ask, too
 
     # -- for the steps (see steps.Ledger) ---------------------------------------------------------------------

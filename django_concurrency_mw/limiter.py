@@ -44,8 +44,9 @@ logger = logging.getLogger("django_concurrency_mw")
 #: Where a request keeps its lease. The middleware puts None there first; where the name is absent, nobody owns a lease yet.
 LEASE = "_concurrency_lease"
 
-#: On a request whose middleware has ended it.
+#: On a request, true once its middleware has ended it; _CUT_SHORT where nobody waits for its answer any more.
 _ENDED = "_concurrency_ended"
+_CUT_SHORT = "cut short"
 _ABSENT: Any = object()
 
 #: On a view: the table's overridable policies are left to its decorator, or out.
@@ -66,9 +67,12 @@ def join(request: HttpRequest) -> tuple[Lease, bool]:
         lease = request._concurrency_lease = Lease(request)  # type: ignore[attr-defined]  # LEASE
         if not getattr(request, _ENDED, False) or vars(request).pop(LEASE, None) is None:
             return lease, False
-        # The middleware was cancelled at this very moment, and did not see the lease.
-        lease.give_up()
+        # The middleware has ended it, perhaps at this very moment, and did not see the lease.
+        if getattr(request, _ENDED) is _CUT_SHORT:
+            lease.give_up()
         lease.sharers = 1
+        # Others may share in it; and where the request comes by the middleware once more, that ends it.
+        request._concurrency_lease = lease  # type: ignore[attr-defined]
         return lease, True
     if lease is _ABSENT:
         lease = request._concurrency_lease = Lease(request)  # type: ignore[attr-defined]
@@ -90,9 +94,9 @@ def leave(request: HttpRequest, lease: Lease) -> bool:
 
 
 def end(request: HttpRequest) -> Lease | None:
-    """The middleware's request is over: the lease that it has to end, None where nothing was taken."""
+    """The middleware's request is cut short: the lease that it has to end, None where nothing was taken."""
     # Before the lease is looked for: a thread that still runs a view may just make one.
-    request._concurrency_ended = True  # type: ignore[attr-defined]  # _ENDED
+    request._concurrency_ended = _CUT_SHORT  # type: ignore[attr-defined]  # _ENDED
     if getattr(request, LEASE, None) is None:  # whoever makes one from now on sees that it has ended
         return None
     lease: Lease | None = request.__dict__.pop(LEASE, None)
@@ -291,6 +295,7 @@ def _with_known(verdict: Verdict, asking: Sequence[Asked | KeyMissing], known: K
 
 def _remember(lease: Lease, fresh: Sequence[Asked | KeyMissing], verdict: Verdict) -> None:
     found = {result.policy: result for result in verdict.concurrency.policies}
+    lease.is_new = False  # where no store was asked, too: what it was told is not to be told anew
     for entry in fresh:
         if isinstance(entry, Asked):
             lease.results[(entry.policy.name, entry.key.digest)] = found[entry.policy.name]

@@ -219,8 +219,11 @@ def _varied(response: HttpResponseBase) -> HttpResponseBase:
 
 def _preferred(request: HttpRequest) -> str:
     """Which of ours the client would rather have; the first where it says nothing of use."""
-    accept = request.META.get("HTTP_ACCEPT", "*/*")
-    known = _preferences.get(accept)
+    seen = request.__dict__
+    headers = seen.get("headers")  # where they have been read, what is changed in META since changes nothing
+    accept: str = request.META.get("HTTP_ACCEPT", "*/*") if headers is None else headers.get("Accept", "*/*")
+    asked = "accepted_types" in seen  # the project may have put it there, as its own word for this request
+    known = None if asked else _preferences.get(accept)
     if known is not None:
         return known
     if len(accept) > LONGEST_ACCEPT:
@@ -229,7 +232,7 @@ def _preferred(request: HttpRequest) -> str:
         preferred = request.get_preferred_type(MEDIA_TYPES) or PROBLEM
     except (LookupError, ValueError):  # a parameter in a charset that does not exist, or that cannot be decoded
         preferred = PROBLEM
-    if len(accept) <= LONGEST_KNOWN:
+    if len(accept) <= LONGEST_KNOWN and not asked:
         if len(_preferences) >= MOST_KNOWN:
             _preferences.clear()
         _preferences[accept] = preferred
@@ -297,7 +300,8 @@ class _Sampled:
 
     def forget(self) -> None:
         """In a forked child: a thread that is not in it may have held the lock."""
-        self._lock = threading.Lock()
+        #: An RLock: a garbage collection inside may end a stream, whose own code may be rejected.
+        self._lock = threading.RLock()
         self._seen: dict[tuple[str, str], tuple[float, int]] = {}
 
     def count(self, policy: str, reason: str) -> int:

@@ -30,7 +30,8 @@ KNOWN_AFTER = 60.0
 _counting = threading.RLock()
 #: id -> what this process holds in a store's stead, and whose it is; those that are over are dropped at the next look.
 known: dict[int, tuple[Holder, Held]] = {}
-#: Not empty while somebody counts.
+#: Not empty while somebody counts. Who finds that with the lock held is inside a count, by a garbage collection: nothing is
+#: dropped then, as what has just been put there may not be in its lease yet.
 being_counted: list[bool] = []
 
 
@@ -59,7 +60,8 @@ def uncounted(lease: Holder, store: Any, slots: Sequence[Slot]) -> tuple[int, ..
     if not known and not being_counted:
         return ()
     with _counting:
-        _prune()
+        if not being_counted:
+            _prune()
         asked = {
             held.slot.semaphore: held.since for held in lease.holdings() if any(slot is held.slot for slot in slots)
         }
@@ -79,7 +81,8 @@ def stand_in(
     """The store failed: this process's own count decides, of what it holds there and in its stead. Does the lease hold all of
     it from now on, or nothing? With the counts."""
     with _counting, _marked():
-        _prune()
+        if len(being_counted) == 1:
+            _prune()
         counts = {slot.semaphore: 0 for slot in slots}
         for held in _all_held():
             if held.confirmed and held.store is store and held.slot.semaphore in counts:

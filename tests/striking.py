@@ -1,4 +1,5 @@
-"""Cuts a call short before any of its bytecodes, as a signal's handler that raises may, or only where such a one may."""
+"""Cuts a call short before any of its bytecodes, as a signal's handler that raises may, or only where such a one may; or does
+something else there, as another thread may."""
 
 from __future__ import annotations
 
@@ -19,6 +20,21 @@ class Struck(BaseException):
 def struck_at(point: int, module: ModuleType, call: Callable[[], Any], *, by_signals: bool = False) -> bool:
     """Do this, and raise before the bytecode of that number of the module's. False: it has fewer. `by_signals`: those are
     counted alone before which a signal's handler may run."""
+
+    def strike() -> None:
+        raise Struck
+
+    try:
+        done_at(point, module, call, strike, by_signals=by_signals)
+    except Struck:
+        return True
+    return False
+
+
+def done_at(
+    point: int, module: ModuleType, call: Callable[[], Any], other: Callable[[], Any], *, by_signals: bool = True
+) -> bool:
+    """Do this, and the other thing before the bytecode of that number, as another thread may. False: it has fewer."""
     seen = 0
     last: dict[FrameType, str] = {}
 
@@ -32,7 +48,9 @@ def struck_at(point: int, module: ModuleType, call: Callable[[], Any], *, by_sig
                 seen += 1
             last[frame] = opname[frame.f_code.co_code[frame.f_lasti]]
             if seen == point:
-                raise Struck
+                sys.settrace(None)
+                other()
+                return None
         return trace
 
     before = sys.gettrace()
@@ -40,8 +58,6 @@ def struck_at(point: int, module: ModuleType, call: Callable[[], Any], *, by_sig
     sys.settrace(trace)
     try:
         call()
-    except Struck:
-        return True
     finally:
         sys.settrace(before)
-    return False
+    return seen >= point

@@ -16,13 +16,14 @@ from uuid import UUID
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory
 from django.utils.functional import SimpleLazyObject
 from hypothesis import given
 from hypothesis import strategies as st
 
-from django_concurrency_mw import admission, conf, limiter, peaks, rejection, signals
+from django_concurrency_mw import admission, concurrency_limit, conf, limiter, peaks, rejection, signals
+from django_concurrency_mw import lease as lease_module
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.client import TrustedProxies
 from django_concurrency_mw.drivers import run
@@ -30,12 +31,13 @@ from django_concurrency_mw.keys import Resolver, make_key
 from django_concurrency_mw.keyspec import parse_key
 from django_concurrency_mw.lease import Lease
 from django_concurrency_mw.limiter import begin
-from django_concurrency_mw.outcomes import UNLIMITED, Asked, Concurrency, Full, Slot, StoreFailed, Taken
+from django_concurrency_mw.outcomes import UNLIMITED, Asked, Concurrency, Full, PolicyResult, Slot, StoreFailed, Taken
 from django_concurrency_mw.plans import LONGEST_KNOWN, MOST_KNOWN, Plan
 from django_concurrency_mw.policies import Policy
 from django_concurrency_mw.steps import Begun, full_at_once, lease_seconds
 from django_concurrency_mw.tokens import new_token
 
+from .striking import done_at
 from .support import Limits, backend_entry, nothing_held, wait_until
 
 FORWARDED = "HTTP_X_FORWARDED_FOR"
@@ -529,6 +531,75 @@ def test_of_a_take_and_a_stand_in_at_the_same_time_one_sees_the_other(
     for each in (lease, other):
         each.release()
     assert let_in.count(True) == 1
+
+
+def test_a_garbage_collection_in_a_count_drops_no_stand_in(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may end a stream whose own code takes, and so looks for stand-ins, when one is not in its lease yet."""
+    limits({"policies": TABLES["one"]}, BACKENDS={"default": {"BACKEND": "memory"}})
+    (policy,) = conf.current().table.policies
+    store, lease, other = limiter.store_of(policy, conf.current()), Lease(), Lease()
+    slots = [Slot("p", make_key("global"), 2, 60, new_token())]
+    add = Lease.add
+
+    def late(lease: Lease, held: Any) -> None:
+        monkeypatch.undo()
+        other.uncounted(store, slots)
+        add(lease, held)
+
+    monkeypatch.setattr(Lease, "add", late)
+    assert lease.stand_in(store, [policy], slots) == (True, (1,))
+    assert other.uncounted(store, slots) == (1,)
+    lease.release()
+    assert other.uncounted(store, slots) == ()
+
+
+def test_what_was_had_at_once_may_be_asked_about_by_two_threads(limits: Limits) -> None:
+    """Wherever the second comes in: what it adds stays."""
+    limits({"policies": TABLES["one"]}, BACKENDS={"default": {"BACKEND": "memory"}})
+    config = conf.current()
+
+    def interrupted(point: int) -> bool:
+        request = RequestFactory().get("/")
+        begin(request)
+        lease = Lease(request)
+        assert admission.admit(request, lease, config.table.policies, {}, config) is None
+
+        def beside() -> None:
+            lease.results[("q", b"")] = PolicyResult("q", "k", "held", 1, 1)
+            lease.fields += (("q", 1, 0),)
+
+        came = done_at(point, lease_module, lambda: lease.fields, beside)
+        if came:
+            assert [policy for policy, _ in lease.results] == ["p", "q"]
+            assert lease.fields == (("p", 2, 1), ("q", 1, 0))
+        lease.release()
+        return came
+
+    points = 1
+    while interrupted(points):
+        points += 1
+    assert points > 2
+
+
+def test_what_a_shadow_policy_was_told_without_a_store_is_known_after_a_take(limits: Limits) -> None:
+    limits({"policies": {"dear": {"key": "ip", "max_concurrent": 1, "cost": 2, "block": False}, **TABLES["one"]}})
+    seen: list[str] = []
+
+    def listens(**told: Any) -> None:
+        seen.append(told["policy"].name)
+
+    @concurrency_limit(policy="dear")
+    @concurrency_limit(policy="p")
+    @concurrency_limit(policy="dear")
+    def view(request: HttpRequest) -> HttpResponse:
+        return HttpResponse()
+
+    signals.request_rejected.connect(listens)
+    try:
+        assert view(RequestFactory().get("/")).status_code == 200
+    finally:
+        signals.request_rejected.disconnect(listens)
+    assert seen == ["dear"]
 
 
 def test_signals_are_sent_all_the_same(limits: Limits, admit: Callable[..., Any]) -> None:

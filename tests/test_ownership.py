@@ -16,6 +16,7 @@ from django.urls import path
 
 from django_concurrency_mw import backends, concurrency_limit, health, rejection, signals, stand_ins
 from django_concurrency_mw.backends.memory import MemoryBackend
+from django_concurrency_mw.limiter import begin, end, join, leave
 
 from .asgi_driver import Exchange
 from .support import OURS, SOON, Limits, await_until, exit_code, held, nothing_held, run_async
@@ -48,6 +49,19 @@ def stream_with_a_helper(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(chunks())
 
 
+def told(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(",".join(held()))
+
+
+def fallback(request: HttpRequest) -> HttpResponse:
+    return patient(request)
+
+
+@concurrency_limit(policy="patient")
+def patient(request: HttpRequest) -> HttpResponse:
+    return told(request)
+
+
 def early(request: HttpRequest) -> HttpResponse:
     request.concurrency.release()  # type: ignore[attr-defined]  # the middleware's
     return again(request)
@@ -62,6 +76,7 @@ urlpatterns = [
     path("slow-key/", with_a_slow_key, name="slow-key"),
     path("stream/", stream_with_a_helper, name="stream"),
     path("early/", early, name="early"),
+    path("told/", told, name="told"),
 ]
 
 
@@ -96,6 +111,99 @@ def test_a_limited_helper_called_from_the_body_of_a_stream(limits: Limits) -> No
     for _ in range(2):
         assert b"".join(Client().get("/stream/")) == b"helped: helper"  # type: ignore[arg-type]  # it streams
         assert nothing_held()
+
+
+class FallsBack:
+    """Answers itself when the view has, as one does that has a page for what is not found."""
+
+    answer: Any = None
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> Any:
+        self.get_response(request)
+        return type(self).answer(request)
+
+
+class Repeats(FallsBack):
+    """Asks again, as one does that has found a transaction lost."""
+
+    def __call__(self, request: HttpRequest) -> Any:
+        self.get_response(request)
+        return self.get_response(request)
+
+
+PATIENT = {"patient": {"key": "global", "max_concurrent": 1, "wait": SOON}}
+
+
+def test_who_is_called_after_the_middleware_shares_one_slot(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One decorator within another, of one policy, by a middleware further out."""
+    limits({"policies": PATIENT}, middleware=[f"{__name__}.FallsBack", OURS])
+    monkeypatch.setattr(FallsBack, "answer", concurrency_limit(policy="patient")(fallback))
+    assert Client().get("/told/").content == b"patient"
+    assert nothing_held()
+
+
+def test_who_is_called_after_the_middleware_may_wait(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits({"policies": PATIENT}, middleware=[f"{__name__}.FallsBack", OURS])
+    monkeypatch.setattr(FallsBack, "answer", fallback)
+
+    @concurrency_limit(policy="patient")
+    def first(request: HttpRequest) -> HttpResponse:
+        in_the_key.set()
+        go.wait(SOON)
+        return HttpResponse()
+
+    holds = threading.Thread(target=lambda: first(RequestFactory().get("/")))
+    holds.start()
+    assert in_the_key.wait(SOON)
+    threading.Timer(0.1, go.set).start()
+    answer = Client().get("/told/", **{"wsgi.multithread": True})  # type: ignore[arg-type]  # environ
+    holds.join()
+    assert answer.content == b"patient"
+
+
+def test_nobody_waits_for_a_request_that_was_cut_short() -> None:
+    """Its view's thread may go on, and comes to have a lease of its own."""
+    request = RequestFactory().get("/")
+    begin(request)
+    assert end(request) is None
+    lease, shares = join(request)
+    assert lease.given_up
+    assert shares
+    assert join(request) == (lease, True)
+    assert [leave(request, lease), leave(request, lease)] == [False, True]
+    assert join(request)[0] is not lease
+
+
+def test_a_request_that_comes_by_twice_is_limited_twice(limits: Limits) -> None:
+    """The second time nothing of the first is left, and it ends as the first did."""
+    table = {"policies": {"all": {"url_names": ["told"], "key": "global", "max_concurrent": 1}}}
+    limits(table, middleware=[f"{__name__}.Repeats", OURS])
+    assert Client().get("/told/").content == b"all"
+    assert nothing_held()
+
+
+def test_a_request_that_comes_by_twice_on_a_loop_is_limited_twice(limits: Limits) -> None:
+    table = {"policies": {"all": {"url_names": ["told"], "key": "global", "max_concurrent": 1}}}
+    limits(table, middleware=[OURS])
+    handler = ASGIHandler()
+    chain = handler._middleware_chain
+
+    async def twice(request: HttpRequest) -> Any:
+        await chain(request)
+        return await chain(request)
+
+    handler._middleware_chain = twice
+
+    async def main() -> None:
+        exchange = Exchange(handler, "/told/")
+        await exchange.end()
+        assert exchange.body == b"all"
+        assert nothing_held()
+
+    run_async(main)
 
 
 def test_after_an_early_release_a_helper_takes_its_own_slot(limits: Limits) -> None:

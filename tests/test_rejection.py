@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from django.core import mail
 from django.core.cache import cache
+from django.http.request import MediaType
 from django.test import Client, RequestFactory, override_settings
 from django.utils import translation
 from django.utils.autoreload import file_changed
@@ -25,7 +27,7 @@ from django_concurrency_mw import rejection
 from django_concurrency_mw.outcomes import Rejection
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, nothing_held, run_async
+from .support import OURS, SOON, Limits, nothing_held, run_async
 
 pytestmark = pytest.mark.urls("tests.rejecting_urls")
 
@@ -510,6 +512,25 @@ def test_the_log_does_not_grow_with_keys(limits: Limits) -> None:
     assert list(rejection._sampled._seen) == [("p", "full")]
 
 
+def test_a_garbage_collection_in_the_count_may_end_what_is_rejected_itself() -> None:
+    """A stream that nobody has closed, whose own code asks for a slot."""
+    sampled = rejection._Sampled()
+    counted: list[int] = []
+
+    class Collected(dict[Any, Any]):
+        def get(self, *arguments: Any) -> Any:
+            if not counted:
+                counted.append(0)
+                counted.append(sampled.count("q", "full"))
+            return super().get(*arguments)
+
+    sampled._seen = Collected()
+    thread = threading.Thread(target=lambda: counted.append(sampled.count("p", "full")), daemon=True)
+    thread.start()
+    thread.join(SOON)
+    assert counted == [0, 1, 1]
+
+
 def test_request_knows_why(limits: Limits) -> None:
     """A callback can say more: `request.concurrency.rejection`."""
     seen: list[Any] = []
@@ -549,6 +570,21 @@ def test_what_clients_accept_takes_no_more_memory_than_that(monkeypatch: pytest.
     assert preferred("text/html," + " " * rejection.LONGEST_KNOWN) == "text/html"
     assert preferred("text/html," + " " * rejection.LONGEST_ACCEPT) == PROBLEM
     assert known == before
+
+
+def test_what_others_say_a_client_accepts_is_not_remembered_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A middleware's own word counts for its request alone; and so do headers that were read before META was changed."""
+    monkeypatch.setattr(rejection, "_preferences", {})
+    for _ in range(2):
+        of_a_middleware = RequestFactory().get("/", HTTP_ACCEPT="*/*")
+        of_a_middleware.accepted_types = [MediaType("text/html")]  # type: ignore[misc]  # a cached property
+        assert rejection._preferred(of_a_middleware) == "text/html"
+        assert rejection._preferred(RequestFactory().get("/", HTTP_ACCEPT="*/*")) == PROBLEM
+        changed = RequestFactory().get("/", HTTP_ACCEPT="text/html")
+        assert changed.headers["Accept"] == "text/html"
+        changed.META["HTTP_ACCEPT"] = "application/json"
+        assert rejection._preferred(changed) == "text/html"
+        assert rejection._preferred(RequestFactory().get("/", HTTP_ACCEPT="application/json")) == "application/json"
 
 
 class TestReady:
