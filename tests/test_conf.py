@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.http import HttpRequest, HttpResponse
 from django.test import Client, override_settings
 
-from django_concurrency_mw import conf
+from django_concurrency_mw import backends, conf
 from django_concurrency_mw.backends import BackendConfig, BaseBackend, get_backend
 from django_concurrency_mw.backends.memory import MemoryBackend
 from django_concurrency_mw.exceptions import ConfigurationError
@@ -24,7 +25,7 @@ from django_concurrency_mw.outcomes import Slot
 from django_concurrency_mw.policies import Policy
 
 from .asgi_driver import fetch
-from .support import OURS, Limits, everything, held, nothing_held, run_async
+from .support import OURS, SOON, Limits, everything, held, nothing_held, run_async
 from .views import switch
 
 
@@ -357,6 +358,24 @@ def test_a_name_means_the_alias_then_the_only_one_of_that_kind_then_the_kinds_de
     assert isinstance(store, BaseBackend)
     assert store.config.key_prefix == prefix
     assert get_backend(name, configs) is store
+
+
+def test_a_garbage_collection_in_the_making_of_a_store_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is collected there, whose own code takes a slot: all are one store."""
+    configs = {"default": BackendConfig("default", "memory", key_prefix="made-while-made")}
+    load, inner, outer = backends._load, list[BaseBackend](), list[BaseBackend]()
+
+    def collecting(config: BackendConfig) -> BaseBackend:
+        monkeypatch.undo()
+        inner.append(get_backend("default", configs))
+        return load(config)
+
+    monkeypatch.setattr(backends, "_load", collecting)
+    making = threading.Thread(target=lambda: outer.append(get_backend("default", configs)), daemon=True)
+    making.start()
+    making.join(SOON)
+    assert not making.is_alive(), "it waits for its own lock"
+    assert outer == inner
 
 
 def test_the_same_store_is_counted_in_through_override_settings(limits: Limits) -> None:

@@ -37,12 +37,13 @@ DEFAULT_BACKEND: Final = "host" if has_host() else "memory"
 LATER: Final[frozenset[str]] = frozenset()
 
 _instances: dict[str, BaseBackend] = {}
-_making = threading.Lock()
+#: An RLock: a garbage collection inside may end a stream, whose own code may use a store.
+_making = threading.RLock()
 
 
 def _forked() -> None:
     global _making
-    _making = threading.Lock()  # a thread that is not in the child may have held it
+    _making = threading.RLock()  # a thread that is not in the child may have held it
 
 
 afresh.begin_with(_forked)
@@ -73,7 +74,7 @@ def get_backend(name: str, configs: Mapping[str, BackendConfig]) -> BaseBackend:
         with _making:
             found = _instances.get(identity)
             if found is None:
-                found = _instances[identity] = _load(config)
+                found = _instances.setdefault(identity, _load(config))
     return found
 
 
