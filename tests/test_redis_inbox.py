@@ -19,7 +19,7 @@ from django_concurrency_mw.backends.redis import mux as mux_module
 from django_concurrency_mw.backends.redis.connecting import areply, hang_up
 from django_concurrency_mw.backends.redis.inbox import Inbox
 from django_concurrency_mw.backends.redis.leftovers import Release, Work
-from django_concurrency_mw.backends.redis.mux import Mux
+from django_concurrency_mw.backends.redis.mux import Command, Mux
 from django_concurrency_mw.backends.redis.redirects import Ask, Node
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import pack
@@ -414,6 +414,29 @@ class TestAStore:
             asked[1].waiter = waiters[1]  # type: ignore[union-attr]  # it is a call
             mux._unanswered.appendleft(asked[0])  # whose reply is still to come
             assert [await waiter for waiter in waiters[1:]] == [0, 0]
+
+        run(main())
+
+    @pytest.mark.parametrize("reply", [b"OK", ResponseError("no")])
+    def test_who_was_not_answered_is_not_forgotten_where_answering_is_cut_short(
+        self, store: RedisBackend, reply: Any
+    ) -> None:
+        """No time-out would come for it."""
+
+        async def main() -> None:
+            await store.atake([slot()])
+            mux = mux_of(store)
+            point, struck = 0, True
+            while struck:
+                point += 1
+                waiter = mux.loop.create_future()
+                mux._unanswered.append(Command(b"", mux.loop.time(), waiter, pack, ()))
+                struck = struck_at(point, mux_module, lambda: mux._answer(reply), by_signals=True)
+                assert waiter.done() or mux._unanswered
+                mux._unanswered.clear()
+                waiter.cancel()
+                assert struck or waiter.exception() is reply or waiter.result() == reply
+            assert point > 2
 
         run(main())
 

@@ -243,7 +243,7 @@ class Mux:
         self._answer(reply)
 
     def _answer(self, reply: Any) -> None:
-        command = self._unanswered.popleft()
+        command = self._unanswered[0]
         if isinstance(command, Release):
             if passes(reply):
                 self._leftovers.add([command])
@@ -259,6 +259,7 @@ class Mux:
             command.waiter.set_exception(reply)
         else:
             command.waiter.set_result(reply)
+        self._unanswered.popleft()  # only now, as above
 
     def _once_more(self, command: Command) -> None:
         if not command.waiter.done():  # else its release has been sent
