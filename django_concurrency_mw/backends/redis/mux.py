@@ -110,11 +110,7 @@ class Mux:
         if len(self._unanswered) >= MOST:
             raise ConnectionError(f"{MOST} commands are unanswered")
         waiter: asyncio.Future[Any] = self.loop.create_future()
-        try:
-            self._ask(Command(pack(*about), now, waiter, pack, about))
-        except BaseException:
-            waiter.cancel()  # nobody waits for it
-            raise
+        self._ask(Command(pack(*about), now, waiter, pack, about))
         return waiter
 
     def tell(self, releases: Sequence[Release]) -> None:
