@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -18,16 +19,17 @@ from django_concurrency_mw.backends.redis import mux as mux_module
 from django_concurrency_mw.backends.redis.connecting import areply, hang_up
 from django_concurrency_mw.backends.redis.inbox import Inbox
 from django_concurrency_mw.backends.redis.leftovers import Release, Work
-from django_concurrency_mw.backends.redis.mux import Mux
+from django_concurrency_mw.backends.redis.mux import Command, Mux
 from django_concurrency_mw.backends.redis.redirects import Ask, Node
 from django_concurrency_mw.backends.redis.store import RedisBackend
 from django_concurrency_mw.backends.redis.wire import pack
 from django_concurrency_mw.keys import make_key
-from django_concurrency_mw.outcomes import Slot, Taken
+from django_concurrency_mw.outcomes import Full, Slot, Taken
 from django_concurrency_mw.tokens import new_token
 
 from .proxy import Proxy
 from .redis_server import RedisServer
+from .striking import struck_at
 from .support import SOON, await_until, wait_until
 
 
@@ -58,6 +60,11 @@ class Server:
     def hang_up(self) -> None:
         assert self.writer is not None
         self.writer.close()
+
+    def reset(self) -> None:
+        assert self.writer is not None
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.writer.transport.abort()
 
 
 @asynccontextmanager
@@ -166,6 +173,18 @@ class TestTheConnectionIsLost:
 
         run(main())
 
+    def test_by_a_reset_before_anybody_reads(self) -> None:
+        """Which is no end of the stream but an error of it."""
+
+        async def main() -> None:
+            async with connected() as (conn, server):
+                server.reset()
+                assert await await_until(lambda: conn._reader.exception() is not None)
+                with pytest.raises(ConnectionError):
+                    Inbox(conn, lambda numbers: None)
+
+        run(main())
+
     def test_by_us_while_redis_py_sleeps(self) -> None:
         async def main() -> None:
             async with connected() as (conn, _):
@@ -219,6 +238,24 @@ class TestTheConnectionIsLost:
         run(main())
 
 
+def test_nothing_is_handed_back_behind_what_was_cut_short() -> None:
+    """It would be taken for the reply that was lost."""
+
+    async def main() -> None:
+        def hear(numbers: Sequence[int | list[int]]) -> None:
+            raise KeyboardInterrupt
+
+        async with connected() as (conn, _):
+            inbox = Inbox(conn, hear)
+            with pytest.raises(KeyboardInterrupt):
+                inbox.data_received(b":1\r\n+OK\r\n")
+            inbox.hand_back()
+            with pytest.raises(ConnectionError):
+                await areply(conn)
+
+    run(main())
+
+
 def test_handed_back_redis_py_reads_all_that_nobody_has_read() -> None:
     async def main() -> None:
         heard: list[Any] = []
@@ -261,8 +298,8 @@ def store(redis_server: RedisServer, prefix: str) -> Iterator[RedisBackend]:
     made.close()
 
 
-def slot(policy: str = "p") -> Slot:
-    return Slot(policy, make_key("k"), 1000, 60.0, new_token())
+def slot(policy: str = "p", limit: int = 1000) -> Slot:
+    return Slot(policy, make_key("k"), limit, 60.0, new_token())
 
 
 def mux_of(store: RedisBackend) -> Mux:
@@ -380,6 +417,29 @@ class TestAStore:
 
         run(main())
 
+    @pytest.mark.parametrize("reply", [b"OK", ResponseError("no")])
+    def test_who_was_not_answered_is_not_forgotten_where_answering_is_cut_short(
+        self, store: RedisBackend, reply: Any
+    ) -> None:
+        """No time-out would come for it."""
+
+        async def main() -> None:
+            await store.atake([slot()])
+            mux = mux_of(store)
+            point, struck = 0, True
+            while struck:
+                point += 1
+                waiter = mux.loop.create_future()
+                mux._unanswered.append(Command(b"", mux.loop.time(), waiter, pack, ()))
+                struck = struck_at(point, mux_module, lambda: mux._answer(reply), by_signals=True)
+                assert waiter.done() or mux._unanswered
+                mux._unanswered.clear()
+                waiter.cancel()
+                assert struck or waiter.exception() is reply or waiter.result() == reply
+            assert point > 2
+
+        run(main())
+
     def test_a_loop_that_ends_while_one_is_sent_on_takes_no_reply_for_another(
         self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -402,6 +462,68 @@ class TestAStore:
         run(main())
         assert isinstance(ended[0].exception(), ConnectionError)
         assert wait_until(lambda: not store.snapshot())
+
+    def test_a_loop_that_ends_just_when_a_connection_is_of_no_use_takes_no_reply_for_another(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The error was read that says so, and whoever it was for was not carried out."""
+        seen: list[Any] = []
+        left: list[bytes] = []
+
+        async def down(conn: Any) -> Any:
+            seen.append(await areply(conn))
+            if len(seen) == 1:
+                owner = mux_of(store)._owner
+                assert owner is not None
+                owner.cancel()
+                raise ConnectionError("CLUSTERDOWN")
+            return seen[-1]
+
+        async def main() -> None:
+            some = [slot() for _ in range(2)]
+            await store.atake(some)
+            mux = mux_of(store)
+            monkeypatch.setattr(mux_module, "areply", down)
+            monkeypatch.setattr(mux._leftovers, "add", lambda releases: left.extend(one.packed for one in releases))
+            mux.tell([Release(pack(b"NOSUCH"), monotonic() + SOON), *store._keys.give(some)])
+            assert await await_until(lambda: mux._owner is None)
+
+        run(main())
+        assert left[0] == pack(b"NOSUCH")
+        assert len(left) == 3
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_an_interrupt_anywhere_in_what_is_sent_leaves_no_slot_and_no_confusion(
+        self, store: RedisBackend, redis_server: RedisServer, prefix: str, *, together: bool
+    ) -> None:
+        """From a signal's handler, behind which the loop goes on: the next one hears its own reply. A release, which whoever is
+        interrupted gives once more, and a take, of which nobody needs to; written with it at once, or later with others."""
+
+        async def main() -> None:
+            held, point, struck = slot("held"), 0, True
+            await store.atake([held])
+            mux = mux_of(store)
+            while struck:
+                before, point = slot(), point + 1
+                await store.atake([before])
+                mux._crowded = together
+                asked = store.atake([slot()])
+
+                def send(before: Slot = before, asked: Any = asked) -> None:
+                    store.give_on_loop([before])
+                    asked.send(None)
+                    if mux._inbox is not None:
+                        mux._write(mux._inbox)
+
+                struck = struck_at(point, mux_module, send, by_signals=True)
+                asked.close()
+                store.give_on_loop([before])
+                assert await store.atake([held]) == Taken((True,), (1,))
+                assert await store.atake([held, slot("none", 0)]) == Full((False, True), (1, 0))
+            assert point > 10
+            assert await await_until(lambda: redis_server.held(prefix) == 1)
+
+        run(main())
 
     def test_a_loop_that_ends_hears_of_its_last_releases_at_once(
         self, proxy: Proxy, redis_server: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch

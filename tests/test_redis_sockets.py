@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -287,6 +288,25 @@ def count(store: RedisBackend, policy: str) -> int:
     reply = store.take([slot(policy, 0)])
     assert isinstance(reply, Full)
     return reply.in_flight[0]
+
+
+def test_a_connection_that_the_kernel_gives_up_is_replaced(
+    store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host has gone, say. That is a TimeoutError too, and no signal handler's: the call has another connection."""
+    store.take([slot("warm")])
+    receive = sockets.DeadlineSocket.recv
+    given_up: list[int] = []
+
+    def gone(self: Any, size: int) -> bytes:
+        if not given_up:
+            given_up.append(size)
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        return receive(self, size)
+
+    monkeypatch.setattr(sockets.DeadlineSocket, "recv", gone)
+    assert store.take([slot("a")]) == Taken((True,), (1,))
+    assert store._lines.connects == 2
 
 
 class TestInterrupted:

@@ -27,7 +27,7 @@ class Inbox(asyncio.Protocol):
 
     def __init__(self, conn: Any, heard: Callable[[Sequence[int | list[int]]], None]) -> None:
         writer = getattr(conn, "_writer", None)  # private, as in `connecting`
-        if writer is None or conn._reader.at_eof():  # of which we would not be told again
+        if writer is None or _has_ended(conn._reader):  # of which we would not be told again
             raise ConnectionError("the connection was closed as soon as it was made")
         self.transport: asyncio.WriteTransport = writer.transport
         self._heard = heard
@@ -74,7 +74,7 @@ class Inbox(asyncio.Protocol):
                 if not self._unread or not self._read_other():
                     return
         except BaseException as error:  # nobody knows now whose the next reply is
-            self._waits = True
+            self._waits, self._unread = True, b""
             self.transport.abort()
             if not isinstance(error, Exception):
                 raise
@@ -117,3 +117,7 @@ class Inbox(asyncio.Protocol):
     def _end(self) -> None:
         self._lost = True
         self._due.set()
+
+
+def _has_ended(reader: asyncio.StreamReader) -> bool:
+    return reader.at_eof() or reader.exception() is not None

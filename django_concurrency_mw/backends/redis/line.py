@@ -111,7 +111,7 @@ class Line:
 
     def _give_up(self, error: OSError) -> NoReturn:
         """Nothing was read."""
-        if isinstance(error, BuiltinTimeoutError) and not self.socket.is_late:
+        if isinstance(error, BuiltinTimeoutError) and error.errno is None and not self.socket.is_late:
             raise error  # from a signal handler: what was read just then may be lost
         raise self._failure(error, "reading from") from error
 

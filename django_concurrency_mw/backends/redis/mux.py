@@ -132,19 +132,32 @@ class Mux:
         if len(self._outbox) < len(self._unanswered) or self._crowded or self._inbox is None:
             self._queue(command)
             return
-        self._expect(command)  # nothing is under way
-        self._outbox.append(command.packed)
-        self._write(self._inbox)
+        try:
+            self._expect(command)  # nothing is under way
+            self._outbox.append(command.packed)
+            self._write(self._inbox)
+        except BaseException:
+            self._cut_short()
+            raise
 
     def _queue(self, command: Command | Release) -> None:
-        self._expect(command)
+        try:
+            self._expect(command)
+            if self._inbox is not None:
+                self._outbox.append(command.packed)
+                if len(self._outbox) == 1:  # the first of this turn of the loop: all that follow share its write
+                    self.loop.call_soon(self._write, self._inbox)
+            elif self._owner is None:
+                self._owner = self.loop.create_task(self._own())
+                self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
+        except BaseException:
+            self._cut_short()
+            raise
+
+    def _cut_short(self) -> None:
+        """By a signal's handler, say: nobody knows whether all that is expected was sent, so it is sent again, elsewhere."""
         if self._inbox is not None:
-            self._outbox.append(command.packed)
-            if len(self._outbox) == 1:  # the first of this turn of the loop: all that follow share its write
-                self.loop.call_soon(self._write, self._inbox)
-        elif self._owner is None:
-            self._owner = self.loop.create_task(self._own())
-            self._owner.add_done_callback(self._ended)  # a task cancelled before its first step runs no `finally`
+            self._inbox.transport.abort()
 
     def _expect(self, command: Command | Release) -> None:
         if not self._unanswered:
@@ -157,10 +170,14 @@ class Mux:
         """What it cannot send the transport keeps: MOST commands at most."""
         if inbox is not self._inbox or not self._outbox:  # lost meanwhile: it is sent again; or it was sent at once
             return
-        batch = b"".join(self._outbox)
-        self._outbox.clear()
-        self._crowded, self._calls = self._calls > 1, 0
-        send(inbox.transport, batch)
+        try:
+            batch = b"".join(self._outbox)
+            self._outbox.clear()
+            self._crowded, self._calls = self._calls > 1, 0
+            send(inbox.transport, batch)
+        except BaseException:
+            self._cut_short()
+            raise
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -222,7 +239,7 @@ class Mux:
         self._answer(reply)
 
     def _answer(self, reply: Any) -> None:
-        command = self._unanswered.popleft()
+        command = self._unanswered[0]
         if isinstance(command, Release):
             if passes(reply):
                 self._leftovers.add([command])
@@ -238,6 +255,7 @@ class Mux:
             command.waiter.set_exception(reply)
         else:
             command.waiter.set_result(reply)
+        self._unanswered.popleft()  # only now, as above
 
     def _once_more(self, command: Command) -> None:
         if not command.waiter.done():  # else its release has been sent
@@ -304,7 +322,8 @@ class Mux:
     async def _farewell(self, conn: Any) -> None:
         """Send the last releases and hear their replies, but not for long."""
         inbox = self._inbox
-        if inbox is None or self._on_its_way:  # the next reply would not be that to the next command
+        # Where one was read that has had no effect, the next would not be that to the next command.
+        if inbox is None or self._on_its_way or (self._reading is not None and not self._reading.cancelled()):
             return
 
         async def hear() -> None:

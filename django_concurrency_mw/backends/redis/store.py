@@ -297,6 +297,9 @@ class RedisBackend(BaseBackend):
             waiter = mux.call(pack, *about)
         except RedisError as error:  # nothing was sent
             raise classed(error, self._keys) from error
+        except BaseException:  # a signal handler's
+            mux.tell(self._keys.give(slots))
+            raise
         try:
             reply = await waiter
         except BaseException as error:
