@@ -52,6 +52,7 @@ SAYS = {
     "host": "one count for all processes of this machine and nothing to install; ",
     "memory": "one count per process; ",
 }
+WAKE_EACH = 8  # requests for each process of a server, before any burst
 HOLD = float(os.environ.get("EXAMPLE_HOLD", "0.5"))  # seconds that a view takes
 START_WITHIN = 20.0
 LET_GO_WITHIN = 2.0
@@ -309,6 +310,7 @@ def serving(name: str, title: str, processes: int, directory: Path, gauge_file: 
                 raise DemoError(f"{title} did not start. Its last words:\n{last_words(server)}")
         else:
             raise DemoError(f"{title} found no free port. Its last words:\n{last_words(server)}")
+        wake(server, processes)
         yield server
     finally:
         if process is not None:
@@ -417,6 +419,17 @@ def ask(
         return Answer(0, f"{type(error).__name__}: {error}")
     finally:
         connection.close()
+
+
+def wake(server: Server, processes: int) -> None:
+    """Ask so many at once that every process has some: the first request of each loads the site, which may take a second."""
+    together = threading.Barrier(WAKE_EACH * processes, timeout=CLIENT_TIMEOUT)
+    asked = (server.port, "GET", "/-/held/", None, together)
+    threads = [threading.Thread(target=ask, args=asked, daemon=True) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def held(server: Server) -> list[str]:
