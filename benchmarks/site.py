@@ -6,9 +6,10 @@ with `a-`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
@@ -19,6 +20,9 @@ from django_concurrency_mw import concurrency_limit
 from . import floor, peer
 from .policies import AMPLE, HOLDERS, held_name
 from .settings import REDIS
+
+if TYPE_CHECKING:
+    from .handlers import Awork
 
 View = Callable[..., Any]
 Around = Callable[[View], View]
@@ -62,11 +66,15 @@ def as_it_is(view: View) -> View:
 
 
 def between_two_trips(view: View) -> View:
-    """The two raw round trips of each request, for servers under load."""
+    """The two raw round trips of each request, in a view."""
     if iscoroutinefunction(view):
-        awork = floor.araw2(REDIS)
+        clients: dict[asyncio.AbstractEventLoop, Awork] = {}
 
         async def aview(request: HttpRequest) -> Any:
+            loop = asyncio.get_running_loop()
+            awork = clients.get(loop)
+            if awork is None:  # its connections are of one loop
+                awork = clients[loop] = floor.araw2(REDIS)
             await awork(1)
             return await view(request)
 
