@@ -8,8 +8,8 @@ from django_concurrency_mw.keys import make_key
 from django_concurrency_mw.outcomes import Slot
 from django_concurrency_mw.tokens import new_token
 
-from .handlers import Awork, Work
 from .policies import AMPLE
+from .room import Awork, Work
 
 _KEY = make_key("ip:127.0.0.1")
 

@@ -16,7 +16,8 @@ from django.core.handlers.wsgi import WSGIRequest
 from django.http import HttpResponse
 from django.urls import resolve
 
-from .handlers import Awork, Work, environ, scope
+from .handlers import environ, scope
+from .room import Awork, Work
 from .site import alone, atoo_many, too_many
 
 

@@ -9,7 +9,7 @@ import redis
 import redis.asyncio
 
 if TYPE_CHECKING:
-    from .handlers import Awork, Work
+    from .room import Awork, Work
 
 #: Let in who finds room among those whose lease has not ended: what any semaphore on a sorted set has to ask.
 TAKE = """

@@ -6,7 +6,6 @@ its own reading and writing.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from io import BytesIO
 from typing import Any
 
@@ -14,12 +13,9 @@ from django.core.handlers.asgi import ASGIHandler, ASGIRequest
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 from django.test import override_settings
 
+from .room import Awork, Work
 from .settings import OURS
 from .site import alone
-
-Work = Callable[[int], None]
-Awork = Callable[[int], Awaitable[None]]
-
 
 _made: dict[tuple[bool, bool], Any] = {}
 

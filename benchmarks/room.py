@@ -12,11 +12,15 @@ import gc
 import os
 import statistics
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import CLOCK_PROCESS_CPUTIME_ID, clock_gettime, perf_counter, sleep
 from typing import Any
+
+#: So many calls of what is timed, in a thread and on an event loop.
+Work = Callable[[int], None]
+Awork = Callable[[int], Awaitable[None]]
 
 Seconds = Mapping[str, Sequence[float]]
 

@@ -22,7 +22,7 @@ from .policies import AMPLE, HOLDERS, held_name
 from .settings import REDIS
 
 if TYPE_CHECKING:
-    from .handlers import Awork
+    from .room import Awork
 
 View = Callable[..., Any]
 Around = Callable[[View], View]
