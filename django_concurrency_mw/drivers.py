@@ -164,16 +164,11 @@ def _wait(effect: Wait) -> None:
     effect.bell.wait(effect.seconds)
 
 
-def give(store: Any, slots: Sequence[Slot]) -> tuple[bool, ...] | StoreFailed:
-    """Without steps, too."""
+def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
     try:
-        return tuple(store.give(slots))
+        return tuple(effect.store.give(effect.slots))
     except Exception as error:
         return StoreFailed(error)
-
-
-def _give(effect: Give) -> tuple[bool, ...] | StoreFailed:
-    return give(effect.store, effect.slots)
 
 
 def _claim(effect: Claim) -> bool | StoreFailed:
